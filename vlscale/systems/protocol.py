@@ -1,0 +1,180 @@
+"""What every system offers, and the records its methods exchange.
+
+Tasks, evaluation and inspection are written against `System` and never ask which system it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from vlscale.data.sample import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """All that a system knows of the schedule; a function of the step, so nothing has to be restored."""
+
+    step: int
+    """Optimizer steps taken before this one."""
+    total_steps: int
+    steps_per_epoch: float
+    generator: torch.Generator | None = None
+    """Source of the step's random choices, a function of (seed, step, micro step, rank); on the CPU."""
+
+    @property
+    def epoch(self) -> float:
+        """Epochs seen before this step, with its fraction."""
+        return self.step / self.steps_per_epoch
+
+    @property
+    def fraction(self) -> float:
+        """Share of the whole run done before this step, in [0, 1]."""
+        return self.step / max(1, self.total_steps)
+
+
+class StepOutput(NamedTuple):
+    """Result of a training forward."""
+
+    losses: dict[str, Tensor]
+    """Unweighted scalars by name, with gradient."""
+    metrics: dict[str, Tensor]
+    """Detached scalars to log, on the device: no host sync."""
+
+
+class ImageStates(NamedTuple):
+    """Encoded images."""
+
+    tokens: Tensor
+    """[B, 1 + N, D], CLS first."""
+    mask: Tensor
+    """[B, 1 + N] int64, 1 = attend."""
+    pooled: Tensor
+    """[B, embed_dim], unit length."""
+
+
+class TextStates(NamedTuple):
+    """Encoded texts."""
+
+    tokens: Tensor
+    """[B, L, D]."""
+    mask: Tensor
+    """[B, L] int64, 1 = attend."""
+    pooled: Tensor
+    """[B, embed_dim], unit length."""
+
+
+class ParameterWriter(Protocol):
+    """Writes to parameters outside autograd so that the optimizer's fp32 master follows (see `engine/build.py`).
+
+    Every rank calls the same methods in the same order.
+    """
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """The whole parameter in fp32."""
+        ...
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Replace the whole parameter."""
+        ...
+
+    def reset_moments(self, parameter: nn.Parameter, rows: Tensor) -> None:
+        """Zero the optimizer's moments of the rows where `rows` ([parameter.shape[0]] bool) is true."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CodebookUsage:
+    """How a codebook is used."""
+
+    counts: Tensor
+    """[K] float32, how often each code was chosen recently (an average over steps) or in a data set."""
+    perplexity: float
+    dead: float
+    """Share of the codes that were never chosen."""
+
+
+@runtime_checkable
+class Codebook(Protocol):
+    """Whatever it is learned by, a codebook answers these."""
+
+    @property
+    def codes(self) -> Tensor:
+        """[K, d] float32."""
+        ...
+
+    def assign(self, features: Tensor) -> Tensor:
+        """Index of the code of every feature; [..., d] → [...] int64."""
+        ...
+
+    def usage(self) -> CodebookUsage:
+        """Recent usage in training."""
+        ...
+
+
+@dataclass(slots=True)
+class Choices:
+    """Random choices of a step, fixed from outside by tests and parity cases; None means: draw it."""
+
+    negative_images: Tensor | None = None
+    """[B] int64: image for text b."""
+    negative_texts: Tensor | None = None
+    """[B] int64: text for image b."""
+    masked_input_ids: Tensor | None = None
+    """[B, L] int64."""
+    mlm_labels: Tensor | None = None
+    """[B, L] int64, -100 where not masked."""
+    patch_mask: Tensor | None = None
+    """[B, N] bool, true = masked for MIM and the pixel term."""
+    gumbel_noise: Tensor | None = None
+    """[B·N, K] float32."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+class System(Protocol):
+    """One of the five systems: an `nn.Module` with these methods."""
+
+    def __call__(self, batch: Batch, progress: Progress, choices: Choices | None = None) -> StepOutput:
+        """Losses and metrics of a training step. `batch.images` is float32 and normalised."""
+        ...
+
+    def after_step(self, progress: Progress, writer: ParameterWriter) -> None:
+        """Teacher, queues and codebook: once per optimizer step, same order on every rank, without autograd."""
+        ...
+
+    def carried_state(self) -> dict[str, Tensor]:
+        """Teacher, queues and statistics: fp32 or int64 tensors, equal on every rank, that a restart needs."""
+        ...
+
+    def load_carried_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `carried_state` gave; strict about names and shapes."""
+        ...
+
+    def place(self, device: torch.device) -> None:
+        """Move the carried state to `device` (it is not among the registered parameters and buffers)."""
+        ...
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay spares, besides biases and norms."""
+        ...
+
+    def encode_image(self, batch: Batch) -> ImageStates: ...
+
+    def encode_text(self, batch: Batch) -> TextStates: ...
+
+    def fuse(self, text: TextStates, image: ImageStates) -> Tensor:
+        """Text queries over image tokens; [B, L, D]."""
+        ...
+
+    def similarity(self, image: ImageStates, text: TextStates) -> Tensor | None:
+        """First-stage scores [B_image, B_text] (cosines over the temperature), or None where there is no first stage."""
+        ...
+
+    def match_logits(self, states: Tensor) -> Tensor:
+        """ITM logits [B, 2] of fused states; class 1 = match."""
+        ...
+
+    def codebooks(self) -> dict[str, Codebook]: ...
