@@ -1,0 +1,74 @@
+"""Image-text matching with hard negatives (ALBEF, section 3.2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Negatives(NamedTuple):
+    """A wrong image for every text and a wrong text for every image."""
+
+    images: Tensor
+    """[B] int64: image for text b."""
+    texts: Tensor
+    """[B] int64: text for image b."""
+    images_valid: Tensor
+    """[B] bool: false where the batch holds no other image, the drawn index means nothing there."""
+    texts_valid: Tensor
+    """[B] bool."""
+
+
+def draw_negatives(
+    sim_t2i: Tensor, sim_i2t: Tensor, image_ids: Tensor, generator: torch.Generator | None = None
+) -> Negatives:
+    """Draw negatives in proportion to softmax(similarities); zeros draw uniformly.
+
+    Pairs with equal image ids get −inf before the softmax. The draw is Gumbel-max, argmax(sim + noise), which never
+    fails whatever the row holds and needs no copy to the host.
+
+    Args:
+        sim_t2i: [B, B], texts against images, over the temperature.
+        sim_i2t: [B, B], images against texts.
+        image_ids: [B].
+        generator: on the CPU, so that the draw does not depend on the device.
+    """
+    size = image_ids.shape[0]
+    exponential = torch.empty(2, size, size).exponential_(generator=generator)
+    noise = -exponential.log().to(image_ids.device, non_blocking=True)  # [2, B, B] Gumbel
+    same = image_ids[:, None] == image_ids[None, :]  # [B, B]
+    sims = torch.stack([sim_t2i, sim_i2t]).detach().float()
+    images, texts = (sims + noise).masked_fill(same, -torch.inf).argmax(2)
+    valid = ~same.all(1)
+    return Negatives(images, texts, valid, valid)
+
+
+def negative_weights(sim: Tensor, image_ids: Tensor) -> Tensor:
+    """The distribution that `draw_negatives` draws from; sim [B, B] → [B, B], rows sum to 1 (or are all 0)."""
+    same = image_ids[:, None] == image_ids[None, :]
+    return sim.detach().float().masked_fill(same, -torch.inf).softmax(1).nan_to_num(0.0)
+
+
+def itm_labels(rows: int, device: torch.device) -> Tensor:
+    """[3B] int64: the first third is 1 = match, the rest 0."""
+    return (torch.arange(rows, device=device) < rows // 3).long()
+
+
+def itm_loss(logits: Tensor, valid: Tensor) -> Tensor:
+    """Mean cross-entropy over the valid rows.
+
+    Args:
+        logits: [3B, 2]; first the B true pairs, then the 2B negatives. Class 1 = match.
+        valid: [3B] bool; rows without are skipped.
+    """
+    each = F.cross_entropy(logits.float(), itm_labels(len(logits), logits.device), reduction="none")
+    return torch.where(valid, each, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def itm_accuracy(logits: Tensor, valid: Tensor) -> Tensor:
+    """Share of the valid rows that are classified right; arguments as in `itm_loss`."""
+    right = (logits.detach().argmax(1) == itm_labels(len(logits), logits.device)) & valid
+    return right.sum() / valid.sum().clamp(min=1)
