@@ -6,12 +6,27 @@ Tasks, evaluation and inspection are written against `System` and never ask whic
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vlscale.codebooks.protocol import Codebook, CodebookUsage
 from vlscale.data.sample import Batch
+from vlscale.nn.writer import ParameterWriter
+
+__all__ = [
+    "Choices",
+    "Codebook",
+    "CodebookUsage",
+    "ImageStates",
+    "ParameterWriter",
+    "Progress",
+    "Reconstruction",
+    "StepOutput",
+    "System",
+    "TextStates",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,52 +82,14 @@ class TextStates(NamedTuple):
     """[B, embed_dim], unit length."""
 
 
-class ParameterWriter(Protocol):
-    """Writes to parameters outside autograd so that the optimizer's fp32 master follows (see `engine/build.py`).
+class Reconstruction(NamedTuple):
+    """Pictures of the pixel objective, [B, 3, H, W] each, in the input's normalised space."""
 
-    Every rank calls the same methods in the same order.
-    """
-
-    def read(self, parameter: nn.Parameter) -> Tensor:
-        """The whole parameter in fp32."""
-        ...
-
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Replace the whole parameter."""
-        ...
-
-    def reset_moments(self, parameter: nn.Parameter, rows: Tensor) -> None:
-        """Zero the optimizer's moments of the rows where `rows` ([parameter.shape[0]] bool) is true."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class CodebookUsage:
-    """How a codebook is used."""
-
-    counts: Tensor
-    """[K] float32, how often each code was chosen recently (an average over steps) or in a data set."""
-    perplexity: float
-    dead: float
-    """Share of the codes that were never chosen."""
-
-
-@runtime_checkable
-class Codebook(Protocol):
-    """Whatever it is learned by, a codebook answers these."""
-
-    @property
-    def codes(self) -> Tensor:
-        """[K, d] float32."""
-        ...
-
-    def assign(self, features: Tensor) -> Tensor:
-        """Index of the code of every feature; [..., d] → [...] int64."""
-        ...
-
-    def usage(self) -> CodebookUsage:
-        """Recent usage in training."""
-        ...
+    original: Tensor
+    masked: Tensor
+    """Masked patches are zero, the mean colour."""
+    predicted: Tensor
+    """Masked patches as predicted, the others as they are."""
 
 
 @dataclass(slots=True)
@@ -178,3 +155,12 @@ class System(Protocol):
         ...
 
     def codebooks(self) -> dict[str, Codebook]: ...
+
+    def codebook_features(self, batch: Batch) -> dict[str, Tensor]:
+        """Per codebook the features it quantises, [B, N, d], cells row by row; {} where there is none."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of visual cells."""
+        ...
