@@ -1,0 +1,239 @@
+"""Zero-shot image-text retrieval (systems.md, section 6): first stage, ITM re-ranking, recalls and the protocol card.
+
+`t2i_r1` … `rsum` are after re-ranking by ITM as in ALBEF's release; `itc_*` is the first stage alone; `sum_*` re-ranks
+by ITM and first stage together. Where a system has no first stage every pair is scored by ITM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from vlscale.config import Recipe
+from vlscale.data.sample import Sample
+from vlscale.data.text import TextTokenizer
+from vlscale.errors import UserError
+from vlscale.interop.run import Run, load_run, run_samples
+from vlscale.systems.protocol import System
+from vlscale.tasks.features import OnProgress, Precision, encode_images, encode_texts
+from vlscale.tasks.recall import CUTOFFS, both_ways, chance
+from vlscale.tasks.stages import Direction, PairScores, every_pair, first_stage, score_pairs, second_stage
+
+SCORES = {
+    "itc": "first stage: system.similarity of the pooled features (cosine over the learned temperature)",
+    "itm": "re-ranked: ITM logit of class 1 (match); what was not re-ranked stays below, in first-stage order",
+    "sum": "re-ranked: log odds of a match (ITM logit of class 1 minus class 0) plus the first-stage similarity",
+}
+TIES = "a wrong candidate with the same score as the best right one ranks above it"
+
+
+@dataclass(slots=True)
+class RetrievalResult:
+    """Recalls in per cent and everything that a reader needs to compare them."""
+
+    metrics: dict[str, float]
+    protocol: dict[str, Any]
+
+
+def run_retrieval(
+    source: str,
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    rerank: int | None = None,
+    out: Path | None = None,
+    image_root: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Evaluate a run and write its result file.
+
+    Args:
+        source: run folder (newest complete checkpoint) or checkpoint folder.
+        data: jsonl file or folder of data; default the run's own.
+        rerank: candidates per query for ITM; default `eval.rerank` of the recipe, 0 stops after the first stage.
+        out: result file; default `eval/retrieval.json` in the run folder.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: no such run, data or split, or the checkpoint gives non-finite scores.
+    """
+    run = load_run(source)
+    split_name, samples = run_samples(run, data, split, image_root)
+    result = evaluate_retrieval(
+        run.system,
+        samples,
+        run.recipe,
+        run.tokenizer,
+        rerank=run.recipe.eval.rerank if rerank is None else rerank,
+        batch_size=run.recipe.eval.batch_size,
+        device=run.device,
+        on_progress=on_progress,
+    )
+    result.protocol = _origin(run, data, split_name) | result.protocol
+    path = out or run.folder / "eval" / "retrieval.json"
+    write_result(path, {"task": "retrieval", "metrics": result.metrics, "protocol": result.protocol})
+    return path
+
+
+def evaluate_retrieval(
+    system: System,
+    samples: list[Sample],
+    recipe: Recipe,
+    tokenizer: TextTokenizer,
+    *,
+    rerank: int,
+    batch_size: int,
+    device: torch.device | str,
+    on_progress: OnProgress | None = None,
+) -> RetrievalResult:
+    """Retrieval both ways over all images of `samples` and all of their captions.
+
+    Args:
+        system: in evaluation mode, on `device`.
+        rerank: candidates per query for ITM.
+
+    Raises:
+        UserError: nothing to retrieve, a negative `rerank`, or non-finite scores.
+    """
+    captions, image_of_text = _captions(samples)
+    if rerank < 0:
+        raise UserError(f"--rerank {rerank}: expected the number of candidates, 0 or more")
+    progress = on_progress or (lambda stage, done, total: None)
+    precision = Precision.of(torch.device(device))
+    images = encode_images(system, samples, recipe.data, precision, batch_size, progress)
+    texts = encode_texts(system, captions, tokenizer, precision, batch_size, progress)
+    with torch.inference_mode():
+        stage = first_stage(system, images, texts, image_of_text, rerank, precision)
+    directions = stage or every_pair(image_of_text, len(samples))
+    again = (samples, recipe.data, batch_size)
+    pairs = score_pairs(system, images, texts, directions, precision, again, progress)
+    metrics = _metrics(directions, pairs, has_first_stage=stage is not None)
+    card = _card(samples, captions, image_of_text, recipe, rerank, precision)
+    if stage is None:
+        card |= {"rerank": "every pair", "scores": {"itm": "ITM logit of class 1 (match), every pair scored"}}
+    return RetrievalResult(metrics, card)
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def retrieval_table(path: Path) -> Table:
+    """The result file as a table for the terminal: one row per score, recalls in per cent."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    metrics, card = result["metrics"], result["protocol"]
+    caption = (
+        f"{card['images']} images, {card['captions']} captions, split {card.get('split', '?')}, k {card['rerank']}"
+    )
+    table = Table(title="Retrieval, recall in %", caption=caption)
+    table.add_column("score")
+    for way in ("text → image", "image → text"):
+        for k in CUTOFFS:
+            table.add_column(f"{way}\nR@{k}", justify="right")
+    table.add_column("RSUM", justify="right")
+    rows = [("first stage", "itc_"), ("re-ranked by ITM", ""), ("ITM + first stage", "sum_")]
+    for name, prefix in rows:
+        if f"{prefix}rsum" in metrics:
+            table.add_row(name, *_row(metrics, prefix))
+    table.add_row("chance", *_row(card["chance"], ""), style="dim")
+    return table
+
+
+def _row(metrics: dict[str, float], prefix: str) -> list[str]:
+    names = [f"{way}_r{k}" for way in ("t2i", "i2t") for k in CUTOFFS]
+    return [f"{metrics[prefix + name]:.1f}" for name in [*names, "rsum"]]
+
+
+def _metrics(directions: tuple[Direction, Direction], pairs: PairScores, has_first_stage: bool) -> dict[str, float]:
+    t2i, i2t = directions
+    text, image = torch.arange(len(t2i.rank))[:, None], torch.arange(len(i2t.rank))[:, None]
+    logits = pairs.of(t2i.candidates, text), pairs.of(image, i2t.candidates)  # [T, k, 2], [I, k, 2]
+    metrics = _both(directions, (logits[0][..., 1], logits[1][..., 1]), "")
+    if has_first_stage:
+        metrics |= both_ways(t2i.rank, i2t.rank, "itc_")
+        odds = [value[..., 1] - value[..., 0] for value in logits]
+        metrics |= _both(directions, (odds[0] + t2i.similarity, odds[1] + i2t.similarity), "sum_")
+    return metrics
+
+
+def _both(directions: tuple[Direction, Direction], scores: tuple[Tensor, Tensor], prefix: str) -> dict[str, float]:
+    return both_ways(second_stage(directions[0], scores[0]), second_stage(directions[1], scores[1]), prefix)
+
+
+def _captions(samples: list[Sample]) -> tuple[list[str], Tensor]:
+    """All captions and the image of each, [T] int64."""
+    captions = [caption for sample in samples for caption in sample.captions]
+    if not captions:
+        raise UserError("retrieval needs captions: the chosen split has none")
+    owners = [index for index, sample in enumerate(samples) for _ in sample.captions]
+    return captions, torch.tensor(owners)
+
+
+def _card(
+    samples: list[Sample],
+    captions: list[str],
+    image_of_text: Tensor,
+    recipe: Recipe,
+    rerank: int,
+    precision: Precision,
+) -> dict[str, Any]:
+    per_image = torch.bincount(image_of_text, minlength=len(samples))
+    return {
+        "resolution": recipe.data.image_size,
+        "images": len(samples),
+        "captions": len(captions),
+        "split_hash": split_hash(samples),
+        "rerank": {
+            "images_per_text": directions[0].candidates.shape[1],
+            "texts_per_image": directions[1].candidates.shape[1],
+        },
+        "scores": SCORES,
+        "ties": TIES,
+        "chance": chance(per_image),
+        "precision": str(precision),
+        "max_tokens": recipe.data.tokenizer.max_tokens,
+        "seed": recipe.train.seed,
+    }
+
+
+def split_hash(samples: list[Sample]) -> str:
+    """sha256 over ids and captions in order: equal exactly when the same questions were asked."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.id, *sample.captions], ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def _origin(run: Run, data: str | None, split: str) -> dict[str, Any]:
+    """Which checkpoint, what it learned from and what it was asked."""
+    own = describe_data(run.recipe)
+    return {
+        "checkpoint": str(run.checkpoint),
+        "recipe": run.recipe.name,
+        "step": run.step,
+        "trained_on": own,
+        "samples_seen": run.step * run.recipe.train.global_batch,
+        "tuned_on": None,
+        "data": data or own,
+        "split": split,
+    }
+
+
+def describe_data(recipe: Recipe) -> str:
+    """The run's own data in words."""
+    scenes = recipe.data.scenes
+    return recipe.data.path or f"embedded scenes (train {scenes.train}, test {scenes.test}, seed {scenes.seed})"

@@ -1,0 +1,194 @@
+"""The two stages of retrieval: similarities of pooled features choose candidates, ITM scores the chosen pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from vlscale.config import Data
+from vlscale.data.sample import Sample
+from vlscale.errors import UserError
+from vlscale.systems.protocol import ImageStates, System, TextStates
+from vlscale.tasks.features import ImageStore, OnProgress, Precision, TextStore, image_states, pooled_only
+from vlscale.tasks.recall import ranks
+
+SCORES_AT_ONCE = 1 << 23
+"""Entries of the similarity matrix that exist at a time (32 MB in fp32)."""
+
+PAIRS_AT_ONCE = 128
+"""Image-text pairs in one fusion pass."""
+
+
+@dataclass(slots=True)
+class Direction:
+    """First stage of one direction with Q queries and C candidates."""
+
+    rank: Tensor
+    """[Q] int64."""
+    candidates: Tensor
+    """[Q, k] int64: the k candidates of the highest similarity."""
+    similarity: Tensor
+    """[Q, k] float32: theirs."""
+    relevant: Tensor
+    """[Q, k] bool: whether they are right."""
+
+
+def first_stage(
+    system: System, images: ImageStore, texts: TextStore, image_of_text: Tensor, k: int, precision: Precision
+) -> tuple[Direction, Direction] | None:
+    """(text to image, image to text), or None where the system has no first stage.
+
+    Args:
+        image_of_text: [T] int64, the image of every caption.
+        k: candidates to keep for re-ranking; fewer where there are fewer.
+
+    Raises:
+        UserError: a similarity is not finite.
+    """
+    device = precision.device
+    all_images = cast(ImageStates, pooled_only(images.pooled.to(device), ImageStates))
+    all_texts = cast(TextStates, pooled_only(texts.pooled.to(device), TextStates))
+    count, captions = len(images.pooled), len(texts.pooled)
+    image_of_text = image_of_text.to(device)
+
+    def block(rows_i: slice, rows_t: slice) -> Tensor | None:
+        image = ImageStates(*(field[rows_i] for field in all_images))
+        return system.similarity(image, TextStates(*(field[rows_t] for field in all_texts)))
+
+    if block(slice(0, 1), slice(0, 1)) is None:
+        return None
+    index = torch.arange(count, device=device)
+    t2i, i2t = [], []
+    for rows in _slices(captions, count):
+        scores = cast(Tensor, block(slice(None), rows)).T
+        t2i.append(_direction(scores, image_of_text[rows, None] == index, k))
+    for rows in _slices(count, captions):
+        scores = cast(Tensor, block(rows, slice(None)))
+        i2t.append(_direction(scores, index[rows, None] == image_of_text, k))
+    return _concat(t2i), _concat(i2t)
+
+
+def every_pair(image_of_text: Tensor, count: int) -> tuple[Direction, Direction]:
+    """Both directions of a system without a first stage: everything is a candidate, every rank a miss so far."""
+    captions = len(image_of_text)
+    zero = torch.zeros(captions, count)
+    right = image_of_text[:, None] == torch.arange(count)  # [T, I]
+    t2i = Direction(torch.full((captions,), count), torch.arange(count).expand(captions, count), zero, right)
+    i2t = Direction(torch.full((count,), captions), torch.arange(captions).expand(count, captions), zero.T, right.T)
+    return t2i, i2t
+
+
+@dataclass(slots=True)
+class PairScores:
+    """ITM logits of the pairs that either direction asked for, each computed once."""
+
+    keys: Tensor
+    """[P] int64, ascending: image · captions + caption."""
+    logits: Tensor
+    """[P, 2] float32; class 1 = match."""
+    captions: int
+
+    def of(self, image: Tensor, text: Tensor) -> Tensor:
+        """Logits [..., 2] of the pairs (image, text), which must be among those scored."""
+        return self.logits[torch.searchsorted(self.keys, image * self.captions + text)]
+
+
+@torch.inference_mode()
+def score_pairs(
+    system: System,
+    images: ImageStore,
+    texts: TextStore,
+    directions: tuple[Direction, Direction],
+    precision: Precision,
+    again: tuple[list[Sample], Data, int],
+    on_progress: OnProgress,
+) -> PairScores:
+    """ITM over the union of both directions' candidates, image by image, so that an image is read once.
+
+    Args:
+        again: samples, data section and batch size, to encode the images anew where their tokens were not kept.
+
+    Raises:
+        UserError: a logit is not finite.
+    """
+    t2i, i2t = directions
+    captions = len(texts.pooled)
+    asked_by_text = t2i.candidates * captions + torch.arange(captions)[:, None]
+    asked_by_image = torch.arange(len(images.pooled))[:, None] * captions + i2t.candidates
+    keys = torch.cat([asked_by_text.flatten(), asked_by_image.flatten()]).unique()
+    wanted = torch.bincount(keys // captions, minlength=len(images.pooled)).tolist()
+    logits = torch.empty(len(keys), 2)
+    done = 0
+    for image, count in zip(_each_image(system, images, precision, again), wanted, strict=True):
+        rows = slice(done, done + count)
+        logits[rows] = _score_image(system, image, texts, keys[rows] % captions, precision)
+        done += count
+        on_progress("re-ranking", done, len(keys))
+    if not logits.isfinite().all():
+        raise UserError("the checkpoint's ITM logits are not finite: it diverged, evaluate an earlier one")
+    return PairScores(keys, logits, captions)
+
+
+def second_stage(direction: Direction, scores: Tensor) -> Tensor:
+    """Ranks [Q] after re-ranking by `scores` [Q, k].
+
+    What was not re-ranked stands below, in the order of the first stage: a query whose right answers are all there
+    keeps its rank.
+    """
+    if not scores.shape[1]:
+        return direction.rank
+    reranked = ranks(scores, direction.relevant)
+    return torch.where(direction.relevant.any(dim=1), reranked, direction.rank)
+
+
+def _score_image(system: System, image: ImageStates, texts: TextStore, index: Tensor, precision: Precision) -> Tensor:
+    """ITM logits [b, 2] of one image with captions `index` [b]; similar lengths share a pass."""
+    logits = torch.empty(len(index), 2)
+    for chunk in torch.argsort(texts.length[index], stable=True).split(PAIRS_AT_ONCE):
+        text = texts.states(index[chunk], precision.device)
+        shared = ImageStates(*(field.expand(len(chunk), *field.shape[1:]) for field in image))
+        with precision.autocast():
+            states = system.fuse(text, shared)
+        logits[chunk] = system.match_logits(states.float()).float().cpu()
+    return logits
+
+
+def _each_image(
+    system: System, images: ImageStore, precision: Precision, again: tuple[list[Sample], Data, int]
+) -> Iterator[ImageStates]:
+    if images.tokens is not None:
+        for index in range(len(images.pooled)):
+            yield images.states(index, precision.device)
+        return
+    samples, data, batch_size = again
+    for states in image_states(system, samples, data, precision, batch_size):
+        for row in range(len(states.pooled)):
+            yield ImageStates(*(field[row : row + 1] for field in states))
+
+
+def _direction(scores: Tensor, relevant: Tensor, k: int) -> Direction:
+    if not scores.isfinite().all():
+        raise UserError("the checkpoint's similarities are not finite: it diverged, evaluate an earlier one")
+    scores = scores.float()
+    similarity, candidates = scores.topk(min(k, scores.shape[1]), dim=1)
+    chosen = relevant.gather(1, candidates)
+    return Direction(ranks(scores, relevant).cpu(), candidates.cpu(), similarity.cpu(), chosen.cpu())
+
+
+def _concat(parts: list[Direction]) -> Direction:
+    return Direction(
+        torch.cat([part.rank for part in parts]),
+        torch.cat([part.candidates for part in parts]),
+        torch.cat([part.similarity for part in parts]),
+        torch.cat([part.relevant for part in parts]),
+    )
+
+
+def _slices(queries: int, candidates: int) -> Iterator[slice]:
+    step = max(1, SCORES_AT_ONCE // candidates)
+    for start in range(0, queries, step):
+        yield slice(start, start + step)
