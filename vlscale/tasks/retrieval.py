@@ -197,10 +197,7 @@ def _card(
         "images": len(samples),
         "captions": len(captions),
         "split_hash": split_hash(samples),
-        "rerank": {
-            "images_per_text": directions[0].candidates.shape[1],
-            "texts_per_image": directions[1].candidates.shape[1],
-        },
+        "rerank": rerank,
         "scores": SCORES,
         "ties": TIES,
         "chance": chance(per_image),
