@@ -79,9 +79,7 @@ class CodebookOptions(Section):
     """… reached after this share of the steps."""
     init: Literal["kmeans", "random"] = "kmeans"
     init_step: int = 100
-    """Step after which k-means of recent features replaces the random codes."""
-    init_batches: int = 8
-    """Batches of features that k-means sees."""
+    """Step after which k-means of its batch's features replaces the random codes."""
     revive_after: int = 100
     """A code unused for so many steps is re-seeded from a feature of the batch; 0 switches revival off."""
     revive_until: float = 0.7

@@ -1,0 +1,22 @@
+"""From a recipe to its system: the only place that asks which system it is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vlscale.config import AlbefSystem, CbVilaSystem, Recipe
+from vlscale.data.sample import Vocabulary
+
+
+def build_system(recipe: Recipe, vocabulary: Vocabulary) -> nn.Module:
+    """The recipe's system, freshly initialised on the default device."""
+    config, size = recipe.system, recipe.data.image_size
+    if isinstance(config, AlbefSystem):
+        from vlscale.systems.albef import Albef
+
+        return Albef(config, size, vocabulary)
+    if isinstance(config, CbVilaSystem):
+        from vlscale.systems.cb_vila import CbVila
+
+        return CbVila(config, size, vocabulary, contrast=recipe.weights.get("itc", 1.0) != 0)
+    raise AssertionError(f"unregistered system {config.name}")
