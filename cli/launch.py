@@ -1,0 +1,164 @@
+"""Which rank this process is, and starting the other ranks where no launcher did. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from vlscale.errors import UserError
+
+POLL_SECONDS = 0.1
+TERMINATE_SECONDS = 15.0
+"""How long a rank may take to end after SIGTERM before it is killed."""
+
+
+def joined() -> bool:
+    """Whether a launcher (ours, torchrun, deepspeed, srun) started this process as one of its ranks."""
+    return "RANK" in os.environ or _in_slurm_step()
+
+
+def rank() -> int:
+    """Rank of this process; 0 when nothing launched it."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    return int(os.environ["SLURM_PROCID"]) if _in_slurm_step() else 0
+
+
+def world_size(nproc: int | None) -> int:
+    """Number of ranks: what the launcher says, else `--nproc`, else one per GPU, else one.
+
+    Raises:
+        UserError: `--nproc` contradicts the launcher or is not positive.
+    """
+    if nproc is not None and nproc < 1:
+        raise UserError(f"--nproc {nproc}: expected at least one rank")
+    if not joined():
+        return nproc or max(1, count_gpus())
+    found = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    if nproc is not None and nproc != found:
+        raise UserError(f"--nproc {nproc}: the launcher already started {found} ranks; leave --nproc out")
+    return found
+
+
+def local_world_size(world: int) -> int:
+    """Ranks that share this machine."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        first = os.environ.get(name, "").split("(")[0].split(",")[0]  # Slurm writes 2(x3),1
+        if joined() and first.isdigit():
+            return int(first)
+    return world
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs that this process may use, counted without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+        # CUDA ignores everything from the first invalid entry on; -1 is the usual one.
+        return names.index("-1") if "-1" in names else len(names)
+    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(threads: int | None, world: int) -> int:
+    """Threads per rank: `--threads`, else OMP_NUM_THREADS, else the cores shared among the ranks of this machine.
+
+    Must run before torch is imported: OpenMP reads the environment once.
+    """
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: expected at least one thread")
+    from_environment = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if threads is None and from_environment.isdigit() and int(from_environment) > 0:
+        threads = int(from_environment)
+    threads = threads or max(1, count_cores() // local_world_size(world))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    return threads
+
+
+def settle(world: int) -> None:
+    """Say that a process that nobody launched is the only rank; a batch script's variables may tell otherwise."""
+    if world == 1 and not joined():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_ranks(arguments: Sequence[str], world: int) -> int:
+    """Start `vlscale ARGUMENTS` as `world` ranks on this machine and wait for them.
+
+    When a rank fails the others are ended; SIGTERM and SIGINT reach every rank. Returns the exit code: 0, or that of
+    the rank that failed first (128 + signal number where a signal ended it).
+    """
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    shared["LOCAL_WORLD_SIZE"] = str(world)
+    command = [sys.executable, "-m", "vlscale.cli", *arguments]
+    received: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for index in range(world):
+            environment = {**os.environ, **shared, "RANK": str(index), "LOCAL_RANK": str(index)}
+            # A session of its own: Ctrl-C reaches the ranks once, through us, not a second time from the terminal.
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        return _wait(ranks, received)
+    finally:
+        _end(ranks)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> int:
+    while True:
+        while received:
+            number = received.pop(0)
+            for process in ranks:
+                process.send_signal(number)
+        codes = [process.poll() for process in ranks]
+        failed = [(index, code) for index, code in enumerate(codes) if code]
+        if failed:
+            index, code = failed[0]
+            if len(ranks) > 1 and code not in (2, 130):
+                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+                print(f"vlscale: rank {index} of {len(ranks)} {how}; ending the others", file=sys.stderr, flush=True)
+            return 128 - code if code < 0 else code
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(POLL_SECONDS)
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    alive = [process for process in ranks if process.poll() is None]
+    for process in alive:
+        process.terminate()
+    deadline = time.monotonic() + TERMINATE_SECONDS
+    for process in alive:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _in_slurm_step() -> bool:
+    # A batch script has SLURM_PROCID too (0, in the shell that srun has not left); only srun's tasks have a step.
+    return "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ

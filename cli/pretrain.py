@@ -1,0 +1,84 @@
+"""`vlscale pretrain`: recipe → engine, on as many ranks as the machine or the launcher gives."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import launch, terminal
+
+if TYPE_CHECKING:
+    from vlscale.config import Recipe
+
+DEFAULT_RECIPE = "cb_vila_tiny"
+
+
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")] = DEFAULT_RECIPE,
+    ds_config: Annotated[
+        str, typer.Option(help="DeepSpeed config: a shipped name, a JSON file, or auto (what this machine can do).")
+    ] = "auto",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, help="A jsonl file or a folder made by `vlscale data`; default: the embedded scenes."
+        ),
+    ] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder that image paths are relative to.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<recipe>.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Ranks on this machine; default: one per GPU, else one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads per rank; default: the cores shared out.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as train.lr=1e-4; repeatable."),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|PATH", help="Go on from the newest complete checkpoint, or from PATH.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and build nothing big.")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> None:
+    """Pre-train RECIPE through DeepSpeed."""
+    from vlscale.config import load_recipe
+
+    resolved = load_recipe(recipe, _overrides(overrides, data, image_root))
+    world = launch.world_size(nproc)
+    if dry_run:
+        _describe(resolved, ds_config, world, threads)
+        return
+    if world > 1 and not launch.joined():
+        code = launch.start_ranks(sys.argv[1:], world)
+        if code:
+            sys.exit(code)
+        return
+    launch.settle(world)
+    threads = launch.set_threads(threads, world)
+    from vlscale.engine.loop import pretrain as run
+
+    folder = out or Path("runs") / resolved.name
+    run(resolved, ds_config=ds_config, out=folder, resume=resume, threads=threads)
+
+
+def _overrides(pairs: list[str] | None, data: Path | None, image_root: Path | None) -> list[str]:
+    """`--set` pairs followed by the options that stand for a key; paths absolute, a run is read from anywhere."""
+    result = list(pairs or [])
+    for key, path in (("data.path", data), ("data.image_root", image_root)):
+        if path is not None:
+            result.append(f"{key}={json.dumps(str(path.resolve()))}")
+    return result
+
+
+def _describe(recipe: Recipe, ds_config: str, world: int, threads: int | None) -> None:
+    if launch.rank() > 0:
+        return
+    launch.set_threads(threads, world)
+    from vlscale.engine.describe import describe
+
+    terminal.print_description(describe(recipe, ds_config, world))
+    terminal.print_recipe(recipe)
