@@ -37,6 +37,23 @@ def similarities(rows: Tensor, columns: Tensor, temperature: Tensor) -> Tensor:
         return rows.float() @ columns.float().T / temperature
 
 
+def queue_similarities(rows: Tensor, current: Tensor, queue: Tensor, temperature: Tensor) -> Tensor:
+    """Similarities to the current features and to the queue, which is read in place: not cloned, not joined.
+
+    Args:
+        rows: [B, d].
+        current: [C, d].
+        queue: [d, Q], not written to before the backward pass.
+        temperature: scalar divisor, already clamped.
+
+    Returns:
+        [B, C + Q] fp32.
+    """
+    with full_precision(rows):
+        scaled = rows.float() / temperature
+        return torch.cat([scaled @ current.float().T, scaled @ queue], dim=1)
+
+
 def hard_targets(row_ids: Tensor, column_ids: Tensor) -> Tensor:
     """Equal shares where the ids are equal; row_ids [B], column_ids [C] → [B, C] float32.
 

@@ -46,6 +46,17 @@ def draw_negatives(
     return Negatives(images, texts, valid, valid)
 
 
+def chosen_negatives(images: Tensor, texts: Tensor, image_ids: Tensor) -> Negatives:
+    """Negatives that were chosen elsewhere; valid where they belong to another image. All arguments [B]."""
+    return Negatives(images, texts, image_ids[images] != image_ids, image_ids[texts] != image_ids)
+
+
+def valid_rows(negatives: Negatives) -> Tensor:
+    """[3B] bool for `itm_loss`: a pair without negatives is left out whole, else it would only teach to say yes."""
+    both = negatives.images_valid & negatives.texts_valid
+    return torch.cat([both, negatives.images_valid, negatives.texts_valid])
+
+
 def negative_weights(sim: Tensor, image_ids: Tensor) -> Tensor:
     """The distribution that `draw_negatives` draws from; sim [B, B] → [B, B], rows sum to 1 (or are all 0)."""
     same = image_ids[:, None] == image_ids[None, :]

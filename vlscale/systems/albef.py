@@ -8,6 +8,7 @@ and the last layer of ITM the CLS row only.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,19 +23,23 @@ from vlscale.nn.heads import MlmHead
 from vlscale.nn.queue import FeatureQueue
 from vlscale.nn.teacher import Teacher
 from vlscale.nn.vision import VisionEncoder
+from vlscale.nn.writer import ParameterWriter
 from vlscale.objectives import contrastive, masking, matching
-from vlscale.systems.protocol import (
-    Choices,
-    Codebook,
-    ImageStates,
-    ParameterWriter,
-    Progress,
-    StepOutput,
-    TextStates,
-)
+from vlscale.systems.protocol import Choices, Codebook, ImageStates, Progress, StepOutput, TextStates
 
 TEMPERATURE_RANGE = (0.001, 0.5)
-_TAUGHT = ("vision_encoder", "vision_proj", "text_encoder", "text_proj", "fusion_encoder", "mlm_head")
+_TAUGHT = ("vision", "vision_proj", "text_encoder", "text_proj", "fusion_encoder", "mlm_head")
+
+
+class MaskedTexts(NamedTuple):
+    """Texts with words to predict."""
+
+    input_ids: Tensor
+    """[B, L] int64."""
+    labels: Tensor
+    """[B, L] int64, −100 where not masked."""
+    capacity: int
+    """Rows C that hold the masked positions."""
 
 
 class Taught(NamedTuple):
@@ -55,6 +60,8 @@ class Contrast(NamedTuple):
     sim_i2t: Tensor
     """[B, B + Q], this batch first, then the queue."""
     sim_t2i: Tensor
+    hard: Tensor
+    """[B, B + Q], the right answers in equal shares."""
     targets_i2t: Tensor
     targets_t2i: Tensor
 
@@ -66,10 +73,10 @@ class Albef(nn.Module):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         checkpointing = config.checkpoint_activations
-        self.vision_encoder = VisionEncoder(config.vision, image_size, checkpointing)
+        self.vision = VisionEncoder(config.vision, image_size, checkpointing)
         self.text_encoder = TextEncoder(config.text, vocabulary, checkpointing)
-        self.fusion_encoder = FusionEncoder(config.text, self.vision_encoder.width, checkpointing)
-        self.vision_proj = nn.Linear(self.vision_encoder.width, config.embed_dim)
+        self.fusion_encoder = FusionEncoder(config.text, self.vision.width, checkpointing)
+        self.vision_proj = nn.Linear(self.vision.width, config.embed_dim)
         self.text_proj = nn.Linear(config.text.width, config.embed_dim)
         self.itm_head = nn.Linear(config.text.width, 2)
         self.mlm_head = MlmHead(config.text.width, vocabulary.size)
@@ -85,7 +92,7 @@ class Albef(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return self.vision_encoder.grid
+        return self.vision.grid
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -93,9 +100,9 @@ class Albef(nn.Module):
         """Losses `itc`, `itm`, `mlm` of one micro-batch; keeps the teacher's features for `after_step`."""
         choices = choices or Choices()
         alpha = self.alpha(progress)
-        masked = self._masked_tokens(batch, progress, choices)
+        masked = self._masked_texts(batch, progress, choices)
 
-        images = self.vision_encoder(batch.images)  # [B, 1 + N, D_v]
+        images = self.vision(batch.images)  # [B, 1 + N, D_v]
         texts, masked_texts = self._encode_clean_and_masked(self.text_encoder, batch, masked)  # [B, L, D] each
         image_feat, text_feat = self._image_feature(images), self._text_feature(texts)  # [B, d]
         taught = self._teach(batch, masked, alpha)
@@ -107,7 +114,7 @@ class Albef(nn.Module):
         itm_logits = self._match(texts, batch.attention_mask, context, negatives)  # [3B, 2]
 
         fused = self.fusion_encoder(masked_texts, batch.attention_mask, context)  # [B, L, D]
-        rows = masking.gather_masked(fused, masked.labels, self._capacity(batch))
+        rows = masking.gather_masked(fused, masked.labels, masked.capacity)
         mlm_logits = self.mlm_head(rows.states, self._word_table(self.text_encoder))  # [C, V]
 
         if self.training:
@@ -161,8 +168,10 @@ class Albef(nn.Module):
                 soft_t2i = contrastive.queue_similarities(taught.text_feat, taught.image_feat, images, temperature)
             targets_i2t = contrastive.smoothed_targets(soft_i2t, hard, alpha)
             targets_t2i = contrastive.smoothed_targets(soft_t2i, hard, alpha)
-        loss = contrastive.soft_cross_entropy(sim_i2t, targets_i2t) + contrastive.soft_cross_entropy(sim_t2i, targets_t2i)
-        return Contrast(loss / 2, sim_i2t, sim_t2i, targets_i2t, targets_t2i)
+        loss = contrastive.soft_cross_entropy(sim_i2t, targets_i2t) + contrastive.soft_cross_entropy(
+            sim_t2i, targets_t2i
+        )
+        return Contrast(loss / 2, sim_i2t, sim_t2i, hard, targets_i2t, targets_t2i)
 
     # --- carried state ----------------------------------------------------------------------------------------------
 
@@ -197,13 +206,13 @@ class Albef(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Position tables and the temperature."""
-        return {"vision_encoder.vit.pos_embed", "text_encoder.embeddings.position_embeddings.weight", "temperature"}
+        return {"vision.vit.pos_embed", "text_encoder.embeddings.position_embeddings.weight", "temperature"}
 
     # --- encoding, for tasks and inspection -------------------------------------------------------------------------
 
     def encode_image(self, batch: Batch) -> ImageStates:
         """Student's image states; `batch.images` is float and normalised."""
-        tokens = self.vision_encoder(batch.images)
+        tokens = self.vision(batch.images)
         mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         return ImageStates(tokens, mask, self._image_feature(tokens))
 
@@ -223,7 +232,7 @@ class Albef(nn.Module):
 
     def match_logits(self, states: Tensor) -> Tensor:
         """[B, L, D] → [B, 2]; class 1 = match."""
-        return self.itm_head(states[:, 0])
+        return self.itm_head(states[:, 0]).float()
 
     def codebooks(self) -> dict[str, Codebook]:
         """ALBEF has none."""
@@ -236,11 +245,11 @@ class Albef(nn.Module):
     # --- parts of the step ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _teach(self, batch: Batch, masked: masking.MaskedTokens, alpha: float) -> Taught:
+    def _teach(self, batch: Batch, masked: MaskedTexts, alpha: float) -> Taught:
         teacher, student_dtype = self.teacher, self.vision_proj.weight.dtype
         half = student_dtype != torch.float32  # native half precision has no autocast; the fp32 teacher takes its own
-        with torch.autocast(batch.images.device.type, student_dtype) if half else torch.no_grad():
-            images = teacher["vision_encoder"](batch.images)
+        with torch.autocast(batch.images.device.type, student_dtype) if half else nullcontext():
+            images = teacher["vision"](batch.images)
             if alpha:
                 texts, masked_texts = self._encode_clean_and_masked(teacher["text_encoder"], batch, masked)
             else:
@@ -251,7 +260,7 @@ class Albef(nn.Module):
                 return Taught(image_feat, text_feat, None)
             fusion = teacher["fusion_encoder"]
             fused = fusion(masked_texts, batch.attention_mask, fusion.project_context(images))
-            rows = masking.gather_masked(fused, masked.labels, self._capacity(batch))
+            rows = masking.gather_masked(fused, masked.labels, masked.capacity)
             logits = teacher["mlm_head"](rows.states, self._word_table(teacher["text_encoder"]))
         return Taught(image_feat, text_feat, logits)
 
@@ -265,9 +274,7 @@ class Albef(nn.Module):
             self.fusion_encoder(queries, query_mask, select_context(context, image_rows), cls_only=True)
         )
 
-    def _negatives(
-        self, contrast: Contrast, batch: Batch, progress: Progress, choices: Choices
-    ) -> matching.Negatives:
+    def _negatives(self, contrast: Contrast, batch: Batch, progress: Progress, choices: Choices) -> matching.Negatives:
         size = len(batch)
         if choices.negative_images is not None and choices.negative_texts is not None:
             return matching.chosen_negatives(choices.negative_images, choices.negative_texts, batch.image_ids)
@@ -275,15 +282,15 @@ class Albef(nn.Module):
             contrast.sim_t2i[:, :size], contrast.sim_i2t[:, :size], batch.image_ids, progress.generator
         )
 
-    def _masked_tokens(self, batch: Batch, progress: Progress, choices: Choices) -> masking.MaskedTokens:
+    def _masked_texts(self, batch: Batch, progress: Progress, choices: Choices) -> MaskedTexts:
+        probability = self.config.mlm_probability
         if choices.masked_input_ids is not None and choices.mlm_labels is not None:
-            return masking.MaskedTokens(choices.masked_input_ids, choices.mlm_labels)
-        return masking.mask_tokens(
-            batch.input_ids, self.vocabulary, self.config.mlm_probability, progress.generator
-        )
+            return MaskedTexts(choices.masked_input_ids, choices.mlm_labels, batch.input_ids.numel())
+        ids, labels = masking.mask_tokens(batch.input_ids, self.vocabulary, probability, progress.generator)
+        return MaskedTexts(ids, labels, masking.masking_capacity(len(ids), ids.shape[1], probability))
 
     def _encode_clean_and_masked(
-        self, encoder: nn.Module, batch: Batch, masked: masking.MaskedTokens
+        self, encoder: TextEncoder, batch: Batch, masked: MaskedTexts
     ) -> tuple[Tensor, Tensor]:
         states = encoder(torch.cat([batch.input_ids, masked.input_ids]), batch.attention_mask.repeat(2, 1))
         clean, hidden = states.chunk(2)
@@ -295,12 +302,9 @@ class Albef(nn.Module):
             self._kept_step = progress.step
         self._kept.append(torch.cat([taught.image_feat, taught.text_feat], dim=1))  # [B, 2d]
 
-    def _capacity(self, batch: Batch) -> int:
-        return masking.masking_capacity(*batch.input_ids.shape, self.config.mlm_probability)
-
     def _itc_accuracy(self, contrast: Contrast) -> Tensor:
-        i2t = contrastive.retrieval_accuracy(contrast.sim_i2t, contrast.targets_i2t)
-        return (i2t + contrastive.retrieval_accuracy(contrast.sim_t2i, contrast.targets_t2i)) / 2
+        i2t = contrastive.retrieval_accuracy(contrast.sim_i2t, contrast.hard)
+        return (i2t + contrastive.retrieval_accuracy(contrast.sim_t2i, contrast.hard)) / 2
 
     def _image_feature(self, tokens: Tensor) -> Tensor:
         return _unit(self.vision_proj(tokens[:, 0]))
@@ -312,7 +316,7 @@ class Albef(nn.Module):
         return contrastive.clamped_temperature(self.temperature, *TEMPERATURE_RANGE)
 
     @staticmethod
-    def _word_table(encoder: nn.Module) -> Tensor:
+    def _word_table(encoder: TextEncoder) -> Tensor:
         return encoder.embeddings.word_embeddings.weight
 
     def _queues(self) -> dict[str, FeatureQueue]:
