@@ -27,7 +27,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropo
     """softmax(q kᵀ / √d + bias) v.
 
     Args:
-        query: [B, h, L, d]; key, value: [B, h, M, d].
+        query: [B, h, L, d]; key, value: [B, h, M, d], or [1, h, M, d] shared by all queries.
         bias: additive, broadcast to [B, h, L, M], or None.
         dropout: of the attention probabilities; 0 outside training.
 
@@ -36,6 +36,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropo
     """
     if query.is_cuda:
         bias = None if bias is None else bias.to(query.dtype)
+        key, value = key.expand(len(query), -1, -1, -1), value.expand(len(query), -1, -1, -1)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
     else:
         # The fused CPU kernel is three times slower in bf16 at the short lengths of texts and tiny images.

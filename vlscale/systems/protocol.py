@@ -143,7 +143,10 @@ class System(Protocol):
     def encode_text(self, batch: Batch) -> TextStates: ...
 
     def fuse(self, text: TextStates, image: ImageStates) -> Tensor:
-        """Text queries over image tokens; [B, L, D]."""
+        """Text queries over image tokens; [B, L, D].
+
+        An image of one row serves all B texts: its keys and values are computed once.
+        """
         ...
 
     def similarity(self, image: ImageStates, text: TextStates) -> Tensor | None:

@@ -150,9 +150,8 @@ def _score_image(system: System, image: ImageStates, texts: TextStore, index: Te
     logits = torch.empty(len(index), 2)
     for chunk in torch.argsort(texts.length[index], stable=True).split(PAIRS_AT_ONCE):
         text = texts.states(index[chunk], precision.device)
-        shared = ImageStates(*(field.expand(len(chunk), *field.shape[1:]) for field in image))
         with precision.autocast():
-            states = system.fuse(text, shared)
+            states = system.fuse(text, image)
         logits[chunk] = system.match_logits(states.float()).float().cpu()
     return logits
 
