@@ -295,6 +295,9 @@ class CbVila(nn.Module):
     def match_logits(self, states: Tensor) -> Tensor:
         return self.itm_head(states[:, 0]).float()
 
+    def word_logits(self, states: Tensor) -> Tensor:
+        return self.mlm_head(states, self.text_encoder.embeddings.word_embeddings.weight).float()
+
     def codebooks(self) -> dict[str, Codebook]:
         return {"visual": self.codebook}
 

@@ -157,6 +157,10 @@ class System(Protocol):
         """ITM logits [B, 2] of fused states; class 1 = match."""
         ...
 
+    def word_logits(self, states: Tensor) -> Tensor:
+        """MLM logits [n, V] of fused states [n, D]."""
+        ...
+
     def codebooks(self) -> dict[str, Codebook]: ...
 
     def codebook_features(self, batch: Batch) -> dict[str, Tensor]:
