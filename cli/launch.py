@@ -72,15 +72,15 @@ def count_cores() -> int:
 
 
 def set_threads(threads: int | None, world: int) -> int:
-    """Threads per rank: `--threads`, else OMP_NUM_THREADS, else the cores shared among the ranks of this machine.
+    """Threads per rank: `--threads`, else OMP_NUM_THREADS, else Slurm's cores per task, else the cores shared out.
 
     Must run before torch is imported: OpenMP reads the environment once.
     """
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads}: expected at least one thread")
-    from_environment = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if threads is None and from_environment.isdigit() and int(from_environment) > 0:
-        threads = int(from_environment)
+    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        text = os.environ.get(name, "").split(",")[0]  # OpenMP takes a list, one per nesting level
+        threads = threads or (int(text) if text.isdigit() else None)
     threads = threads or max(1, count_cores() // local_world_size(world))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     return threads
