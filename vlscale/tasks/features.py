@@ -13,6 +13,7 @@ from vlscale.data.images import normalize
 from vlscale.data.sample import Batch, Sample
 from vlscale.data.stream import evaluation_batches
 from vlscale.data.text import TextTokenizer
+from vlscale.errors import UserError
 from vlscale.systems.protocol import ImageStates, System, TextStates
 
 OnProgress = Callable[[str, int, int], None]
@@ -56,6 +57,10 @@ class ImageStore:
     """[I, 1 + N, D] in the precision's type; None where they would not fit."""
     mask: Tensor | None
     """[I, 1 + N] int64."""
+    kept: list[int]
+    """Which samples these I images are."""
+    skipped: list[str]
+    """Images that can't be read: `path: reason`."""
 
     def states(self, index: int, device: torch.device) -> ImageStates:
         """One image as a batch of one."""
@@ -97,34 +102,41 @@ def pooled_only(pooled: Tensor, kind: type[ImageStates] | type[TextStates]) -> I
 def encode_images(
     system: System, samples: list[Sample], data: Data, precision: Precision, batch_size: int, on_progress: OnProgress
 ) -> ImageStore:
-    """Pooled features of every image, and its tokens where all of them fit into `IMAGE_TOKEN_BUDGET`."""
+    """Pooled features of every readable image, and the tokens where all of them fit into `IMAGE_TOKEN_BUDGET`."""
     pooled: list[Tensor] = []
     tokens: list[Tensor] = []
     masks: list[Tensor] = []
+    kept: list[Tensor] = []
+    skipped: list[str] = []
     keep = True
-    for states in image_states(system, samples, data, precision, batch_size):
+    for batch, states in image_states(system, samples, data, precision, batch_size):
         pooled.append(states.pooled.float().cpu())
-        if not pooled[1:]:
-            size = states.tokens[0].numel() * precision.dtype.itemsize * len(samples)
-            keep = size <= IMAGE_TOKEN_BUDGET
+        kept.append(batch.image_ids.cpu())
+        skipped += batch.skipped
+        # The size is known from the first image on, before memory is taken.
+        keep = keep and states.tokens[:1].numel() * precision.dtype.itemsize * len(samples) <= IMAGE_TOKEN_BUDGET
         if keep:
             tokens.append(states.tokens.to("cpu", precision.dtype))
             masks.append(states.mask.cpu())
         on_progress("images", sum(map(len, pooled)), len(samples))
-    return ImageStore(torch.cat(pooled), torch.cat(tokens) if keep else None, torch.cat(masks) if keep else None)
+    if not sum(map(len, kept)):
+        raise UserError(f"none of the {len(samples)} images can be read, the first is {skipped[0]}; check --image-root")
+    indices = torch.cat(kept).tolist()
+    return ImageStore(
+        torch.cat(pooled), torch.cat(tokens) if keep else None, torch.cat(masks) if keep else None, indices, skipped
+    )
 
 
 def image_states(
     system: System, samples: list[Sample], data: Data, precision: Precision, batch_size: int
-) -> Iterator[ImageStates]:
-    """Encoded batches of images in the order of the samples, on the precision's device."""
+) -> Iterator[tuple[Batch, ImageStates]]:
+    """Batches of readable images in the order of the samples, and their states, on the precision's device."""
     for loaded in evaluation_batches(samples, data, batch_size):
-        images = normalize(loaded.images.to(precision.device), data.mean, data.std)
-        count = len(images)
-        empty = torch.zeros(count, 1, dtype=torch.int64, device=precision.device)
-        batch = Batch(images, empty, empty, torch.arange(count, device=precision.device))
+        batch = loaded.to(precision.device)
+        batch.images = normalize(batch.images, data.mean, data.std)
         with precision.autocast():
-            yield system.encode_image(batch)
+            states = system.encode_image(batch)
+        yield batch, states
 
 
 @torch.inference_mode()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from vlscale.config import Recipe
 from vlscale.data.sample import Sample
 from vlscale.data.text import TextTokenizer
 from vlscale.errors import UserError
+from vlscale.interop.layout import write_json
 from vlscale.interop.run import Run, load_run, run_samples
 from vlscale.systems.protocol import System
 from vlscale.tasks.features import OnProgress, Precision, encode_images, encode_texts
@@ -81,7 +81,8 @@ def run_retrieval(
     )
     result.protocol = _origin(run, data, split_name) | result.protocol
     path = out or run.folder / "eval" / "retrieval.json"
-    write_result(path, {"task": "retrieval", "metrics": result.metrics, "protocol": result.protocol})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"task": "retrieval", "metrics": result.metrics, "protocol": result.protocol})
     return path
 
 
@@ -105,12 +106,13 @@ def evaluate_retrieval(
     Raises:
         UserError: nothing to retrieve, a negative `rerank`, or non-finite scores.
     """
-    captions, image_of_text = _captions(samples)
     if rerank < 0:
         raise UserError(f"--rerank {rerank}: expected the number of candidates, 0 or more")
     progress = on_progress or (lambda stage, done, total: None)
     precision = Precision.of(torch.device(device))
     images = encode_images(system, samples, recipe.data, precision, batch_size, progress)
+    samples = [samples[index] for index in images.kept]
+    captions, image_of_text = _captions(samples)
     texts = encode_texts(system, captions, tokenizer, precision, batch_size, progress)
     with torch.inference_mode():
         stage = first_stage(system, images, texts, image_of_text, rerank, precision)
@@ -118,18 +120,10 @@ def evaluate_retrieval(
     again = (samples, recipe.data, batch_size)
     pairs = score_pairs(system, images, texts, directions, precision, again, progress)
     metrics = _metrics(directions, pairs, has_first_stage=stage is not None)
-    card = _card(samples, captions, image_of_text, recipe, rerank, precision)
+    card = _card(samples, image_of_text, recipe, rerank, precision) | {"unreadable_images": images.skipped}
     if stage is None:
         card |= {"rerank": "every pair", "scores": {"itm": "ITM logit of class 1 (match), every pair scored"}}
     return RetrievalResult(metrics, card)
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result file, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def retrieval_table(path: Path) -> Table:
@@ -178,24 +172,19 @@ def _captions(samples: list[Sample]) -> tuple[list[str], Tensor]:
     """All captions and the image of each, [T] int64."""
     captions = [caption for sample in samples for caption in sample.captions]
     if not captions:
-        raise UserError("retrieval needs captions: the chosen split has none")
+        raise UserError("retrieval needs captions, and the images of this split have none")
     owners = [index for index, sample in enumerate(samples) for _ in sample.captions]
     return captions, torch.tensor(owners)
 
 
 def _card(
-    samples: list[Sample],
-    captions: list[str],
-    image_of_text: Tensor,
-    recipe: Recipe,
-    rerank: int,
-    precision: Precision,
+    samples: list[Sample], image_of_text: Tensor, recipe: Recipe, rerank: int, precision: Precision
 ) -> dict[str, Any]:
     per_image = torch.bincount(image_of_text, minlength=len(samples))
     return {
         "resolution": recipe.data.image_size,
         "images": len(samples),
-        "captions": len(captions),
+        "captions": len(image_of_text),
         "split_hash": split_hash(samples),
         "rerank": rerank,
         "scores": SCORES,

@@ -164,7 +164,7 @@ def _each_image(
             yield images.states(index, precision.device)
         return
     samples, data, batch_size = again
-    for states in image_states(system, samples, data, precision, batch_size):
+    for _, states in image_states(system, samples, data, precision, batch_size):
         for row in range(len(states.pooled)):
             yield ImageStates(*(field[row : row + 1] for field in states))
 
