@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +123,8 @@ class Replay:
 
 
 @pytest.fixture(scope="module", params=cases("albef", "case_pretrain_*.safetensors"))
-def replay(request: pytest.FixtureRequest) -> Iterator[Replay]:
-    yield Replay(request.param)
+def replay(request: pytest.FixtureRequest) -> Replay:
+    return Replay(request.param)
 
 
 def test_encoders(replay: Replay) -> None:
