@@ -1,0 +1,287 @@
+"""Which sample comes when, and the micro-batches made of it (architecture.md, "The order of samples").
+
+Nothing here has state besides the step: the order is a function of (seed, epoch) and the number of samples, a sample's
+caption, crop and augmentation of (seed, epoch, sample id). Workers are given whole batches by their positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlscale.config import Data
+from vlscale.data.images import ImageError, eval_transform, load_image, train_transform
+from vlscale.data.sample import Batch, Sample
+from vlscale.data.text import TextTokenizer
+from vlscale.errors import UserError
+
+MAX_REPLACEMENTS = 1000
+"""So many unreadable images in a row (or the whole epoch, where it is smaller) mean wrong paths, not broken files."""
+
+_SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
+
+
+class Order(Protocol):
+    """The concatenated epochs: position in the whole training → epoch and index of the sample."""
+
+    def __len__(self) -> int:
+        """Samples per epoch."""
+        ...
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Epoch and sample index of a position ≥ 0."""
+        ...
+
+
+class ShuffledOrder:
+    """Every epoch a permutation of all samples, drawn from (seed, epoch)."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size = size
+        self._seed = seed
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def at(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, self._size)
+        return epoch, int(self._permutation(epoch)[offset])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            # A step may straddle two epochs: the one before stays, older ones go.
+            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
+            self._permutations[epoch] = _generator(self._seed, epoch).permutation(self._size)
+        return self._permutations[epoch]
+
+
+class Stream:
+    """Micro-batches of one rank, in order and without end; every rank gets equally many.
+
+    Global step s is positions [s·G, (s+1)·G) of the order, rank r takes its contiguous G/R of them, and micro-batches
+    slice that. `start_step` resumes: no other state is needed.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        data: Data,
+        tokenizer: TextTokenizer,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        workers: int = 0,
+        order: Order | None = None,
+    ) -> None:
+        if not samples:
+            raise UserError("data: no samples to train on")
+        if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * world):
+            raise UserError(
+                f"train.global_batch: {global_batch} is no multiple of micro_batch × ranks = {micro_batch} × {world}; "
+                "change train.global_batch or train.micro_batch"
+            )
+        self.steps_per_epoch: float = len(samples) / global_batch
+        self.micro_batches_per_step: int = global_batch // (micro_batch * world)
+        self._order: Order = order or ShuffledOrder(len(samples), seed)
+        self._global_batch, self._micro_batch = global_batch, micro_batch
+        self._rank, self._world, self._start_step = rank, world, start_step
+        self._dataset = _TrainingBatches(samples, data, tokenizer, seed, self._order)
+        self._workers = workers
+        self._running: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Micro-batches from `start_step` on: uint8 images and ids padded to max_tokens, on the CPU.
+
+        Raises:
+            UserError: no image can be read.
+        """
+        self.close()
+        self._running = self._batches()
+        return self._running
+
+    def close(self) -> None:
+        """Stop the workers; iterating again starts them anew, at `start_step`."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.close()  # type: ignore[attr-defined]  # a generator: dropping its loader ends the workers
+
+    def positions(self) -> Iterator[list[int]]:
+        """Positions in the order of each micro-batch of this rank, without end."""
+        step = self._start_step
+        share = self._global_batch // self._world
+        while True:
+            start = step * self._global_batch + self._rank * share
+            for micro in range(self.micro_batches_per_step):
+                first = start + micro * self._micro_batch
+                yield list(range(first, first + self._micro_batch))
+            step += 1
+
+    def _batches(self) -> Iterator[Batch]:
+        for item in iter(_loader(self._dataset, self.positions(), self._workers)):
+            yield _batch(item)
+
+
+def evaluation_batches(samples: Sequence[Sample], data: Data, batch_size: int) -> Iterator[Batch]:
+    """Every image once, in order, resized without cropping; no text (input_ids is [B, 0]).
+
+    `image_ids` are indices into `samples`. An image that can't be read is left out of its batch and named in `skipped`.
+    """
+    dataset = _EvaluationBatches(samples, data)
+    positions = (list(range(i, min(i + batch_size, len(samples)))) for i in range(0, len(samples), batch_size))
+    # Starting workers takes seconds: only worth it for many images.
+    workers = data.workers if len(samples) >= 2000 else 0
+    for item in iter(_loader(dataset, positions, workers)):
+        yield _batch(item)
+
+
+class _TrainingBatches(Dataset[Any]):
+    """A list of positions → the fields of a Batch, or the UserError that ends the run. Runs in the workers."""
+
+    def __init__(
+        self, samples: Sequence[Sample], data: Data, tokenizer: TextTokenizer, seed: int, order: Order
+    ) -> None:
+        self._ids = [sample.id for sample in samples]
+        self._images = [str(sample.image) for sample in samples]
+        self._captions = [_usable(sample) for sample in samples]
+        self._image_ids = _image_ids(self._images)
+        self._data, self._tokenizer, self._seed, self._order = data, tokenizer, seed, order
+
+    def __getitems__(self, positions: list[int]) -> dict[str, Any] | UserError:
+        size = self._data.image_size
+        images = torch.empty(len(positions), 3, size, size, dtype=torch.uint8)
+        indices: list[int] = []
+        texts: list[str] = []
+        skipped: list[str] = []
+        try:
+            for row, position in enumerate(positions):
+                index, images[row], text = self._readable(position, skipped)
+                indices.append(index)
+                texts.append(text)
+        except UserError as error:  # as a value: the loader would wrap it into a traceback
+            return error
+        input_ids, mask = self._tokenizer.encode(texts, pad_to=self._tokenizer.max_tokens)
+        return {
+            "images": images,
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "image_ids": torch.tensor([self._image_ids[index] for index in indices]),
+            "sample_ids": [self._ids[index] for index in indices],
+            "texts": texts,
+            "skipped": skipped,
+        }
+
+    def _readable(self, position: int, skipped: list[str]) -> tuple[int, Tensor, str]:
+        """The sample at `position`, or the next one in the order whose image can be read."""
+        limit = min(len(self._order), MAX_REPLACEMENTS)
+        for candidate in range(position, position + limit):
+            epoch, index = self._order.at(candidate)
+            try:
+                return (index, *self._draw(epoch, index))
+            except ImageError as error:
+                skipped.append(f"{self._images[index]}: {error}")
+        raise UserError(
+            f"data: none of {limit} images in a row can be read, the last one is {skipped[-1]}; check data.image_root"
+        )
+
+    def _draw(self, epoch: int, index: int) -> tuple[Tensor, str]:
+        generator = _generator(self._seed, epoch, _number(self._ids[index]))
+        captions = self._captions[index]
+        text = captions[int(generator.integers(len(captions)))]
+        transform = train_transform(self._data, generator, allow_flip=_SIDES.search(text) is None)
+        return transform(load_image(self._images[index])), text
+
+
+class _EvaluationBatches(Dataset[Any]):
+    """A list of indices → the fields of a Batch without text."""
+
+    def __init__(self, samples: Sequence[Sample], data: Data) -> None:
+        self._ids = [sample.id for sample in samples]
+        self._images = [str(sample.image) for sample in samples]
+        self._data = data
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        transform, size = eval_transform(self._data), self._data.image_size
+        images, kept, skipped = [], [], []
+        for index in indices:
+            try:
+                images.append(transform(load_image(self._images[index])))
+                kept.append(index)
+            except ImageError as error:
+                skipped.append(f"{self._images[index]}: {error}")
+        return {
+            "images": torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
+            "input_ids": torch.empty(len(kept), 0, dtype=torch.int64),
+            "attention_mask": torch.empty(len(kept), 0, dtype=torch.int64),
+            "image_ids": torch.tensor(kept, dtype=torch.int64),
+            "sample_ids": [self._ids[index] for index in kept],
+            "skipped": skipped,
+        }
+
+
+def _loader(dataset: Dataset[Any], positions: Iterator[list[int]], workers: int) -> DataLoader[Any]:
+    """Whole batches go to the workers in turn and come back in order."""
+    return DataLoader(
+        dataset,
+        batch_sampler=positions,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        multiprocessing_context=_context() if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else the loader draws from the global one, and the run depends on it
+    )
+
+
+def _context() -> Any:
+    """Workers fork from a server that has only imported this module.
+
+    Forking the training process itself would copy its OpenMP pool, gloo's threads and a CUDA context, all of which may
+    hang a child; spawning imports torch once per worker.
+    """
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _batch(item: dict[str, Any] | UserError) -> Batch:
+    if isinstance(item, UserError):
+        raise item
+    return Batch(**item)
+
+
+def _usable(sample: Sample) -> tuple[str, ...]:
+    captions = tuple(caption for caption in sample.captions if caption.strip())
+    if not captions:
+        raise UserError(f"data: sample {sample.id} has no caption; training needs one per image")
+    return captions
+
+
+def _image_ids(images: Sequence[str]) -> list[int]:
+    """Index of the first sample with the same image path."""
+    first: dict[str, int] = {}
+    return [first.setdefault(image, index) for index, image in enumerate(images)]
+
+
+def _generator(seed: int, *rest: int) -> np.random.Generator:
+    # SeedSequence takes no negative numbers; two's complement keeps them apart.
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed % 2**64, *rest])))
+
+
+def _number(identity: str) -> int:
+    """A 64-bit number of a sample id, equal in every process."""
+    return int.from_bytes(hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
