@@ -39,10 +39,19 @@ def retrieval(
 ) -> None:
     """Image-text retrieval both ways: contrastive candidates, re-ranked by ITM."""
     launch.set_threads(threads, 1)
-    from vlscale.tasks.retrieval import run_retrieval
+    from vlscale.tasks.retrieval import retrieval_table, run_retrieval
 
-    result = run_retrieval(source, data=_text(data), split=split, rerank=rerank, out=out, image_root=_text(image_root))
-    terminal.print_result(result)
+    with terminal.progress() as report:
+        result = run_retrieval(
+            source,
+            data=_text(data),
+            split=split,
+            rerank=rerank,
+            out=out,
+            image_root=_text(image_root),
+            on_progress=report,
+        )
+    terminal.print_result(result, retrieval_table(result))
 
 
 @app.command()

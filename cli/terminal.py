@@ -1,9 +1,10 @@
-"""Tables for people. rich is imported when something is printed."""
+"""Tables and progress for people. rich is imported when something is printed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,33 +14,39 @@ if TYPE_CHECKING:
     from vlscale.config import Recipe
 
 
-def print_table(title: str, rows: Iterable[tuple[str, Any]], columns: tuple[str, str] = ("", "")) -> None:
-    """Print a table of two columns, the second one formatted by `format_value`."""
+def print_table(title: str, rows: Iterable[tuple[str, Any]]) -> None:
+    """Print a table of names and values."""
+    print_rich(_table(title, rows))
+
+
+def print_rich(table: Table) -> None:
+    """Print a table that someone else made."""
     from rich.console import Console
 
-    Console().print(_table(title, rows, columns))
+    Console().print(table)
 
 
 def print_description(description: Mapping[str, Any]) -> None:
-    """Print what `--dry-run` found: one table per section, plain values first."""
-    from rich.console import Console
-
-    console = Console()
-    plain = [(key, value) for key, value in description.items() if not isinstance(value, Mapping)]
-    if plain:
-        console.print(_table("run", plain))
+    """Print what `--dry-run` found: single values first, then one table per section."""
+    single = [(key, value) for key, value in description.items() if not isinstance(value, Mapping)]
+    if single:
+        print_table("run", single)
     for key, section in description.items():
         if isinstance(section, Mapping):
-            console.print(_table(key.replace("_", " "), section.items()))
+            print_table(key, section.items())
 
 
-def print_result(path: Path) -> None:
-    """Print a result file: its metrics, the protocol they were measured by, and where it lies."""
+def print_result(path: Path, table: Table | None = None) -> None:
+    """Print a result file: its metrics (or a better table of them), how they were measured, and where it lies."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    print_table(result["task"], result["metrics"].items())
-    if "protocol" in result:
-        print_table("protocol", result["protocol"].items())
+    print_rich(table or _table(result["task"], result["metrics"].items()))
+    print_table("protocol", result["protocol"].items())
     print(path)
+
+
+def print_page(page: Path) -> None:
+    """Say where a page or a picture lies."""
+    print(page)
 
 
 def print_recipe(recipe: Recipe) -> None:
@@ -47,6 +54,28 @@ def print_recipe(recipe: Recipe) -> None:
     import yaml
 
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per stage on stderr while the block runs; gives `report(stage, done, total)`.
+
+    Shows nothing where stderr is no terminal.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield report
 
 
 def format_value(value: Any) -> str:
@@ -57,33 +86,23 @@ def format_value(value: Any) -> str:
         case int():
             return f"{value:,}"
         case float():
-            return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+            return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
         case list() | tuple():
             return ", ".join(format_value(item) for item in value)
         case Mapping():
-            return ", ".join(f"{key} {format_value(item)}" for key, item in value.items())
+            return "\n".join(f"{key}: {format_value(item)}" for key, item in value.items())
         case None:
             return "–"
     return str(value)
 
 
-def _table(title: str, rows: Iterable[tuple[str, Any]], columns: tuple[str, str] = ("", "")) -> Table:
+def _table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=any(columns))
-    numeric = []
-    cells = []
+    table = Table(title=title.replace("_", " "), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for key, value in rows:
-        numeric.append(isinstance(value, int | float))
-        cells.append((escape(str(key).replace("_", " ")), escape(format_value(value))))
-    table.add_column(columns[0], no_wrap=True)
-    table.add_column(columns[1], justify="right" if all(numeric) else "left", overflow="fold")
-    for cell in cells:
-        table.add_row(*cell)
+        table.add_row(escape(str(key)), escape(format_value(value)))
     return table
-
-
-def print_page(page: Path) -> None:
-    """Say where a page lies that a browser opens from disk."""
-    print(page)
