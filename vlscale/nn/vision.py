@@ -29,7 +29,8 @@ class VisionEncoder(nn.Module):
         """images [B, 3, H, W] float, normalised → [B, 1 + N, D], CLS first, cells row by row."""
         for block in self.vit.blocks:
             block.attn.fused_attn = images.is_cuda  # see nn/attention.py: the fused kernel is slow on CPU
-        return self.vit.forward_features(images)
+        # Native half precision casts parameters, not inputs; elsewhere this does nothing.
+        return self.vit.forward_features(images.to(self.vit.patch_embed.proj.weight.dtype))
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
