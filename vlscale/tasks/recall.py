@@ -61,6 +61,7 @@ def chance(captions_per_image: Tensor) -> dict[str, float]:
     level = {f"t2i_r{k}": 100.0 * min(1.0, k / images) for k in CUTOFFS}
     asking = captions_per_image[captions_per_image > 0].tolist()
     for k in CUTOFFS:
-        missed = [math.comb(captions - right, k) / math.comb(captions, k) if k <= captions else 0.0 for right in asking]
-        level[f"i2t_r{k}"] = 100.0 * (1.0 - sum(missed) / len(missed))
+        draws = math.comb(captions, min(k, captions))  # exact integers up to the division
+        hits = [(draws - math.comb(captions - right, min(k, captions))) / draws for right in asking]
+        level[f"i2t_r{k}"] = 100.0 * sum(hits) / len(hits)
     return level | {"rsum": sum(level.values())}
