@@ -45,7 +45,8 @@ def init_from_environment() -> None:
 
 def complete_environment(environment: Any) -> None:
     """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in `environment`, in place."""
-    if "RANK" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+    # A batch script has SLURM_PROCID too (0, in the shell that started srun); only srun's tasks have a step.
+    if "RANK" not in environment and "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
         for name, slurm in _SLURM.items():
             environment[name] = environment[slurm]
         environment.setdefault("MASTER_ADDR", _first_slurm_host(environment))

@@ -1,0 +1,1 @@
+"""Training: the DeepSpeed engine, its loop, checkpoints and logs."""

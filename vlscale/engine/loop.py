@@ -1,0 +1,267 @@
+"""Pre-training: set up → steps → checkpoints. One step reads as in the house's style guide."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlscale import distributed
+from vlscale.config import LOSSES, Recipe
+from vlscale.data.images import normalize
+from vlscale.data.sample import Batch
+from vlscale.data.sources import read_data, training_split
+from vlscale.data.stream import Stream
+from vlscale.engine import build, checkpoint, start
+from vlscale.engine.monitor import Monitor
+from vlscale.engine.optim import set_learning_rate
+from vlscale.engine.schedule import BatchPlan, batch_plan, draw_seed, learning_rate, total_steps
+from vlscale.engine.tally import Tally
+from vlscale.engine.writer import EngineWriter
+from vlscale.errors import UserError
+from vlscale.interop import layout
+from vlscale.systems.protocol import Progress
+from vlscale.systems.registry import build_system
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended."""
+
+    out: Path
+    step: int
+    finished: bool
+    """False when `stop_after` ended it before its last step."""
+    checkpoint: Path | None
+    metrics: dict[str, float | int]
+    """The last step's row of metrics.jsonl."""
+    seconds: float
+
+
+@dataclass(slots=True)
+class Run:
+    """What the loop works with."""
+
+    recipe: Recipe
+    out: Path
+    engine: Any
+    system: nn.Module
+    stream: Stream
+    plan: BatchPlan
+    total_steps: int
+    state: checkpoint.State
+    device: torch.device
+    monitor: Monitor | None
+    writer: EngineWriter = field(default_factory=EngineWriter)
+
+    def progress(self, generator: torch.Generator | None) -> Progress:
+        """The schedule as the system sees it in the step that follows `state.step` finished ones."""
+        return Progress(self.state.step, self.total_steps, self.stream.steps_per_epoch, generator)
+
+    def say(self, message: str) -> None:
+        if self.monitor is not None:
+            self.monitor.say(message)
+
+
+def pretrain(
+    recipe: Recipe,
+    *,
+    ds_config: str = "auto",
+    out: Path,
+    resume: str | None = None,
+    threads: int | None = None,
+    stop_after: int | None = None,
+) -> RunResult:
+    """Train the recipe's system; every rank calls this.
+
+    Args:
+        ds_config: `auto`, a shipped name or the path of a DeepSpeed JSON.
+        out: the run folder.
+        resume: None for a new run, `auto`, or a run or checkpoint folder.
+        threads: CPU threads of this rank.
+        stop_after: save and return after this step, as if interrupted there; the schedule stays the recipe's.
+
+    Raises:
+        UserError: input that can't be trained on, or `train.max_bad_steps` non-finite steps in a row.
+    """
+    started = time.monotonic()
+    distributed.init_from_environment()
+    run = _set_up(start.absolute_paths(recipe), ds_config, Path(out), resume, start.set_threads(threads))
+    last = run.total_steps if stop_after is None else min(stop_after, run.total_steps)
+    saved, row = _train(run, last)
+    return RunResult(run.out, run.state.step, run.state.step >= run.total_steps, saved, row, time.monotonic() - started)
+
+
+def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threads: int) -> Run:
+    say = print if distributed.rank() == 0 else _silent
+    choice = build.choose(ds_config)
+    plan = batch_plan(recipe.train, distributed.world_size())
+    config = build.complete(choice, plan, recipe.train)
+    say(choice.reason)
+    say(f"batch: {plan}; {threads} CPU threads per rank")
+    origin = start.find_origin(recipe, choice, out, resume, say)
+    with distributed.main_process_first():
+        samples = training_split(read_data(recipe.data))
+    tokenizer = start.make_tokenizer(recipe, samples, out, origin)
+
+    torch.manual_seed(recipe.train.seed)
+    device = distributed.device()
+    system = build_system(recipe, tokenizer.vocabulary).to(device).train()
+    system.place(device)  # type: ignore[operator]
+    engine = build.build_engine(system, config, choice, recipe.train)
+    if origin.checkpoint is not None:
+        checkpoint.load(engine, system, origin.checkpoint)
+    stream = Stream(
+        samples,
+        recipe.data,
+        tokenizer,
+        seed=recipe.train.seed,
+        global_batch=plan.global_batch,
+        micro_batch=plan.micro_batch,
+        rank=distributed.rank(),
+        world=plan.world,
+        start_step=origin.step,
+        workers=recipe.data.workers,
+    )
+    total = total_steps(recipe.train, stream.steps_per_epoch)
+    state = origin.state or checkpoint.State(
+        step=0,
+        world_size=plan.world,
+        precision=choice.precision,
+        recipe_hash=checkpoint.recipe_hash(recipe),
+        seed=recipe.train.seed,
+        image_size=recipe.data.image_size,
+        threads=threads,
+    )
+    if state.threads != threads:
+        say(f"the run had {state.threads} threads per rank, now {threads}: going on, but not to the last bit as before")
+    say(f"{len(samples)} training images, {stream.steps_per_epoch:.1f} steps per epoch, {total} steps")
+    monitor = None
+    if distributed.rank() == 0:
+        layout.write_json(out / layout.DS_CONFIG, config)
+        monitor = Monitor(out, total, origin.step, LOSSES.get(recipe.system.name, ()))
+    return Run(recipe, out, engine, system, stream, plan, total, state, device, monitor)
+
+
+def _train(run: Run, last: int) -> tuple[Path | None, dict[str, float | int]]:
+    """Steps up to `last`, saving on the way; returns the last checkpoint and the last row of the metrics."""
+    saved: Path | None = None
+    row: dict[str, float | int] = {}
+    batches = iter(run.stream)
+    try:
+        while run.state.step < last:
+            row = train_step(run, batches)
+            if run.state.step % run.recipe.checkpoint.every == 0 or run.state.step == last:
+                saved = checkpoint.save(run.engine, run.system, run.out, run.state, run.recipe.checkpoint.keep)
+    finally:
+        run.stream.close()
+        if run.monitor is not None:
+            run.monitor.close()
+    return saved, row
+
+
+def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float | int]:
+    """One optimizer step: forward and backward of every micro-batch, then the update; returns its metrics."""
+    began = time.monotonic()
+    state, seed = run.state, run.recipe.train.seed
+    rate = learning_rate(run.recipe.train, state.step, run.total_steps)
+    set_learning_rate(run.engine.optimizer, rate)
+    tally = Tally(run.device)
+    for micro in range(run.plan.accumulation):
+        batch = _on_device(next(batches), run)
+        generator = _seed_draws(seed, state.step, micro, distributed.rank())
+        losses, metrics = run.engine(batch, run.progress(generator))
+        total = weighted_sum(losses, run.recipe.weights)
+        tally.add(batch, total, losses, metrics)
+        run.engine.backward(total * poison(total))
+        run.engine.step()
+    if applied := run.engine.was_step_applied():  # False: non-finite loss or gradient, nothing was updated
+        generator = _seed_draws(seed, state.step, "after step")
+        run.system.after_step(run.progress(generator), run.writer)  # type: ignore[operator]
+    values = tally.reduce()
+    state.step += 1
+    row: dict[str, float | int] = {
+        "step": state.step,
+        "epoch": state.step / run.stream.steps_per_epoch,
+        **values,
+        "lr": rate,
+        "grad_norm": float(run.engine.get_global_grad_norm()),
+        "images_per_s": run.plan.global_batch / (time.monotonic() - began),
+    }
+    _note_troubles(run, tally, row, applied)
+    if run.monitor is not None:
+        run.monitor.log(row)
+    if state.bad_in_a_row >= run.recipe.train.max_bad_steps:
+        _give_up(run, tally, row)
+    return row
+
+
+def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """Σ weight·loss; a loss without a weight counts once, one of weight 0 is left out (0 · nan is nan)."""
+    terms = [loss.float() * weights.get(name, 1.0) for name, loss in losses.items() if weights.get(name, 1.0) != 0]
+    if not terms:
+        raise UserError("weights: every loss has weight 0, nothing is left to train")
+    return torch.stack(terms).sum()
+
+
+def poison(total: Tensor) -> Tensor:
+    """1, or nan where the loss is not finite: then every gradient is nan and ZeRO skips the step on all ranks.
+
+    A loss can be infinite while its gradients are finite. No host sync: the factor stays on the device.
+    """
+    return torch.where(torch.isfinite(total.detach()), 1.0, math.nan)
+
+
+def _on_device(batch: Batch, run: Run) -> Batch:
+    batch = batch.to(run.device)
+    batch.images = normalize(batch.images, run.recipe.data.mean, run.recipe.data.std)
+    return batch
+
+
+def _seed_draws(*keys: int | str) -> torch.Generator:
+    """Seed dropout and give the step's generator: both functions of the keys alone, so that resuming needs no state."""
+    torch.manual_seed(draw_seed("dropout", *keys))
+    return torch.Generator().manual_seed(draw_seed("choices", *keys))
+
+
+def _note_troubles(run: Run, tally: Tally, row: dict[str, float | int], applied: bool) -> None:
+    """Count skipped steps and images, and name them."""
+    state = run.state
+    if tally.skipped_images:  # the same number on every rank
+        names = tally.gather_skipped()
+        state.skipped_images += len(names)
+        if run.monitor is not None:
+            run.monitor.note_skipped_images(state.step, names)
+    if applied:
+        state.bad_in_a_row = 0
+    else:
+        state.skipped_steps += 1
+        state.bad_in_a_row += 1
+        what = tally.non_finite(row) or "the gradient"
+        run.say(f"step {state.step}: {what} is not finite: skipped, {state.bad_in_a_row} in a row")
+    row["skipped_images"], row["skipped_steps"] = state.skipped_images, state.skipped_steps
+
+
+def _give_up(run: Run, tally: Tally, row: dict[str, float | int]) -> None:
+    """Stop with a report: every rank comes here in the same step."""
+    samples = tally.gather_samples()
+    report = run.out / layout.NON_FINITE
+    if distributed.rank() == 0:
+        values = {key: repr(value) for key, value in row.items()}
+        layout.write_json(report, {"step": run.state.step, "values": values, "sample_ids": samples})
+    shown = ", ".join(samples[:8]) + (f" … ({len(samples)} in all)" if len(samples) > 8 else "")
+    raise UserError(
+        f"stopped at step {run.state.step}: {run.state.bad_in_a_row} steps in a row were not finite "
+        f"(train.max_bad_steps); last: {tally.non_finite(row) or 'the gradient'}; samples {shown}; "
+        f"all values and sample ids in {report}; lower train.lr or look at these samples"
+    )
+
+
+def _silent(message: str) -> None:
+    """Ranks other than 0 say nothing."""

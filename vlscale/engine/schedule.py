@@ -1,0 +1,75 @@
+"""Learning rate, gradient accumulation and seeds: pure functions of the recipe and the step."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+from vlscale.config import Train
+from vlscale.errors import UserError
+
+
+def learning_rate(train: Train, step: int, total_steps: int) -> float:
+    """Rate of the optimizer step that follows `step` finished ones.
+
+    Linear from `warmup_lr` to `lr` over `warmup_steps`, then a cosine to `min_lr` at `total_steps`.
+    """
+    if step < train.warmup_steps:
+        return train.warmup_lr + (train.lr - train.warmup_lr) * step / train.warmup_steps
+    done = (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps)
+    return train.min_lr + 0.5 * (train.lr - train.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def total_steps(train: Train, steps_per_epoch: float) -> int:
+    """Optimizer steps of the whole run; `max_steps` wins over `epochs`."""
+    if train.max_steps is not None:
+        return train.max_steps
+    if train.epochs is None:
+        raise UserError("train: set max_steps or epochs")
+    return max(1, round(train.epochs * steps_per_epoch))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """global_batch = micro_batch × world × accumulation."""
+
+    global_batch: int
+    micro_batch: int
+    world: int
+    accumulation: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.global_batch} pairs per step = {self.micro_batch} per rank and pass "
+            f"× {self.world} ranks × {self.accumulation} accumulated"
+        )
+
+
+def batch_plan(train: Train, world: int) -> BatchPlan:
+    """Split the global batch over ranks and passes.
+
+    Raises:
+        UserError: it does not divide; the arithmetic is in the message.
+    """
+    total = train.global_batch
+    if train.micro_batch is None:
+        if total % world:
+            raise UserError(
+                f"train.global_batch={total} over {world} ranks leaves {total % world} pairs: "
+                f"take a multiple of {world}, such as {total - total % world or world}"
+            )
+        return BatchPlan(total, total // world, world, 1)
+    per_pass = train.micro_batch * world
+    if per_pass < 1 or total % per_pass:
+        raise UserError(
+            f"train.global_batch={total} is not a multiple of micro_batch × ranks = {train.micro_batch} × {world} = "
+            f"{per_pass}: change train.global_batch or train.micro_batch"
+        )
+    return BatchPlan(total, train.micro_batch, world, total // per_pass)
+
+
+def draw_seed(*keys: int | str) -> int:
+    """63-bit seed that is a function of the keys alone, such as (seed, step, micro step, rank)."""
+    text = "/".join(str(key) for key in keys)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1

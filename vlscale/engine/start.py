@@ -1,0 +1,131 @@
+"""Before the first step: threads, where to go on, the run folder with recipe and tokenizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlscale import distributed
+from vlscale.config import Recipe, load_recipe, write_recipe
+from vlscale.data.sample import Sample
+from vlscale.data.text import TextTokenizer, build_tokenizer
+from vlscale.engine import checkpoint
+from vlscale.engine.build import Choice
+from vlscale.engine.checkpoint import State
+from vlscale.errors import UserError
+from vlscale.interop import layout
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a run goes on: from a checkpoint, or from nothing."""
+
+    checkpoint: Path | None = None
+    step: int = 0
+    state: State | None = None
+
+
+def set_threads(threads: int | None) -> int:
+    """CPU threads of this rank: as asked, else OMP_NUM_THREADS, else the host's cores shared among its ranks."""
+    asked = threads or int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
+    number = asked or max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size())
+    torch.set_num_threads(number)
+    return number
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with data paths that hold from any directory."""
+    paths = {key: _absolute(getattr(recipe.data, key)) for key in ("path", "image_root")}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=paths)})
+
+
+def find_origin(recipe: Recipe, choice: Choice, out: Path, resume: str | None, say: Callable[[str], Any]) -> Origin:
+    """Decide where to go on and make the run folder ready for it; rank 0 decides, all get the answer.
+
+    Raises:
+        UserError: the folder holds a run and nothing was said of resuming, there is nothing to resume from at the
+            given path, or the checkpoint was made by another recipe, precision or number of ranks.
+    """
+    return distributed.on_main(lambda: _find_origin(recipe, choice, out, resume, say))
+
+
+def make_tokenizer(recipe: Recipe, samples: Sequence[Sample], out: Path, origin: Origin) -> TextTokenizer:
+    """The run's tokenizer: rank 0 trains, fetches or copies it, every rank loads the same files."""
+    folder = out / layout.TOKENIZER
+
+    def provide() -> None:
+        if origin.checkpoint is not None:
+            source = origin.checkpoint.parent.parent / layout.TOKENIZER
+            if source.resolve() != folder.resolve():
+                shutil.copytree(source, folder, dirs_exist_ok=True)
+            return
+        captions = (caption for sample in samples for caption in sample.captions)
+        build_tokenizer(recipe.data.tokenizer, captions).save(folder)
+
+    distributed.on_main(provide)
+    return TextTokenizer.load(folder)
+
+
+def _find_origin(recipe: Recipe, choice: Choice, out: Path, resume: str | None, say: Callable[[str], Any]) -> Origin:
+    if resume is None and layout.holds_run(out):
+        raise UserError(f"{out}: holds a run already: go on with --resume auto, or choose another --out")
+    chosen = _resume_point(out, resume, say)
+    origin = Origin()
+    if chosen is not None:
+        state = checkpoint.read_state(chosen)
+        _check_fits(recipe, choice, chosen, state)
+        origin = Origin(chosen, state.step, state)
+        say(f"going on from {chosen}, after step {state.step}")
+    elif resume == "auto":
+        say(f"{out}: nothing to resume, starting anew")
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.clear_after(out, origin.step, say)
+    write_recipe(recipe, out / layout.RECIPE)
+    return origin
+
+
+def _resume_point(out: Path, resume: str | None, say: Callable[[str], Any]) -> Path | None:
+    """The checkpoint that `--resume` means; None for a new run."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        return checkpoint.newest_sound(out, say)
+    path = Path(resume)
+    if layout.step_of(path) is None:
+        found = checkpoint.newest_sound(path, say)
+        if found is None:
+            raise UserError(f"--resume {resume}: no complete checkpoint there; give a run folder, a checkpoint or auto")
+    else:
+        found = path
+        problem = checkpoint.damage(path)
+        if problem is not None:
+            raise UserError(f"--resume {resume}: {problem}; give another checkpoint, or the run folder")
+    if found.resolve().parent.parent != out.resolve() and layout.holds_run(out):
+        raise UserError(f"{out}: holds another run than --resume {resume}: choose another --out")
+    return found
+
+
+def _check_fits(recipe: Recipe, choice: Choice, chosen: Path, state: State) -> None:
+    run = chosen.parent.parent
+    checkpoint.require_same(recipe, load_recipe(str(run / layout.RECIPE)), run / layout.RECIPE)
+    world = distributed.world_size()
+    if state.world_size != world:
+        raise UserError(
+            f"{chosen}: was saved by {state.world_size} ranks, this run has {world}: "
+            f"resuming on another number of ranks is not supported yet, start {state.world_size}"
+        )
+    if state.precision != choice.precision:
+        raise UserError(
+            f"{chosen}: was trained in {state.precision}, --ds-config {choice.name} means {choice.precision}: "
+            "pass the --ds-config that the run was started with"
+        )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())

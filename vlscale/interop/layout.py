@@ -1,0 +1,78 @@
+"""Where things lie in a run folder, and which of its checkpoints are complete.
+
+RUN/recipe.yaml  ds_config.json  tokenizer/  metrics.jsonl  metrics.csv  skipped_images.txt
+RUN/checkpoints/step-00001200/   DeepSpeed's shards, model.safetensors, carried.safetensors, state.json, COMPLETE
+RUN/checkpoints/latest           name of the newest complete one
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+RECIPE = "recipe.yaml"
+DS_CONFIG = "ds_config.json"
+TOKENIZER = "tokenizer"
+METRICS_JSONL = "metrics.jsonl"
+METRICS_CSV = "metrics.csv"
+SKIPPED_IMAGES = "skipped_images.txt"
+NON_FINITE = "non_finite.json"
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+MODEL = "model.safetensors"
+CARRIED = "carried.safetensors"
+STATE = "state.json"
+COMPLETE = "COMPLETE"
+
+_TAG = re.compile(r"step-(\d{8,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Step in a checkpoint's folder name; None when it is no checkpoint's name."""
+    match = _TAG.fullmatch(checkpoint.name)
+    return int(match[1]) if match else None
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, complete or not, newest last."""
+    folder = run / CHECKPOINTS
+    found = [entry for entry in folder.iterdir() if step_of(entry) is not None] if folder.is_dir() else []
+    return sorted(found, key=lambda entry: step_of(entry) or 0)
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders whose save was finished, newest last."""
+    return [entry for entry in all_checkpoints(run) if is_complete(entry)]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the marker, written last, is there."""
+    return (checkpoint / COMPLETE).is_file()
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether the folder has a run in it, finished or not."""
+    return (folder / RECIPE).exists() or (folder / CHECKPOINTS).exists() or (folder / METRICS_JSONL).exists()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old or the new one, even after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
