@@ -1,0 +1,104 @@
+"""What a recipe means on this machine, without building anything big: `vlscale pretrain --dry-run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlscale.config import Recipe
+from vlscale.data.sample import Vocabulary
+from vlscale.data.sources import read_data, training_split
+from vlscale.engine import build
+from vlscale.engine.schedule import batch_plan, total_steps
+from vlscale.interop.run import without_downloads
+from vlscale.systems.registry import build_system
+
+_SPECIAL_TOKENS = 5
+_GIB = 2**30
+
+
+def describe(recipe: Recipe, ds_config: str, world: int) -> dict[str, Any]:
+    """Parameters per part, batch arithmetic, steps, memory and the DeepSpeed configuration.
+
+    Raises:
+        UserError: the batch does not divide, or the configuration does not fit recipe or machine.
+    """
+    choice = build.choose(ds_config)
+    plan = batch_plan(recipe.train, world)
+    config = build.complete(choice, plan, recipe.train)
+    system = _on_meta(recipe)
+    parts = {name: _parameters(part) for name, part in system.named_children()}
+    own = sum(parameter.numel() for parameter in system.parameters(recurse=False))
+    parameters = {**{name: count for name, count in parts.items() if count}, "other": own, "total": _parameters(system)}
+    return {
+        "recipe": recipe.name,
+        "system": recipe.system.name,
+        "data": recipe.data.path or f"embedded scenes ({recipe.data.scenes.train} for training)",
+        "deepspeed": choice.reason,
+        "parameters": parameters,
+        "batch": {
+            "pairs per step (global_batch)": plan.global_batch,
+            "pairs per rank and pass (micro_batch)": plan.micro_batch,
+            "ranks": plan.world,
+            "passes accumulated": plan.accumulation,
+            "arithmetic": str(plan),
+        },
+        "steps": _steps(recipe),
+        "memory_per_rank": _memory(system, choice, world),
+        "deepspeed_config": config,
+    }
+
+
+def _on_meta(recipe: Recipe) -> nn.Module:
+    """The system without storage; a vocabulary still to be trained counts with its upper limit."""
+    size = recipe.data.tokenizer.vocab_size
+    vocabulary = Vocabulary(size, *range(_SPECIAL_TOKENS - 1))
+    with torch.device("meta"):
+        return build_system(without_downloads(recipe), vocabulary)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _steps(recipe: Recipe) -> dict[str, Any]:
+    samples = _count_samples(recipe)
+    known = samples is not None
+    per_epoch = samples / recipe.train.global_batch if samples is not None else None
+    total: Any = recipe.train.max_steps
+    if total is None:
+        total = total_steps(recipe.train, per_epoch) if per_epoch else "unknown: depends on the data"
+    return {
+        "training images": samples if known else "unknown: the data is not there yet",
+        "steps per epoch": per_epoch,
+        "epochs": recipe.train.epochs if recipe.train.max_steps is None else total / per_epoch if per_epoch else None,
+        "total": total,
+    }
+
+
+def _count_samples(recipe: Recipe) -> int | None:
+    """Training images; nothing is rendered to count them."""
+    if recipe.data.path is None:
+        return recipe.data.scenes.train
+    return len(training_split(read_data(recipe.data))) if Path(recipe.data.path).exists() else None
+
+
+def _memory(system: nn.Module, choice: build.Choice, world: int) -> dict[str, str]:
+    """Bytes that do not depend on the batch: ZeRO-1/2 shares masters and moments among the ranks."""
+    trained = sum(p.numel() for p in system.parameters() if p.requires_grad)
+    width = 2 if choice.precision in ("fp16", "bf16") else 4
+    shared = world if choice.config.get("zero_optimization", {}).get("stage", 2) in (1, 2) else 1
+    carried = system.carried_state().values()  # type: ignore[operator]
+    sizes = {
+        f"parameters ({8 * width} bit)": width * _parameters(system),
+        f"gradients ({8 * width} bit)": width * trained,
+        f"fp32 masters, 1/{shared}": 4 * trained / shared,
+        f"Adam's two moments, 1/{shared}": 8 * trained / shared,
+        "teacher, queues, statistics": sum(value.numel() * value.element_size() for value in carried),
+    }
+    total = sum(sizes.values())
+    shown = {name: f"{size / _GIB:.3f} GiB" for name, size in {**sizes, "total": total}.items()}
+    return {**shown, "activations": "not counted: they grow with micro_batch and image_size"}

@@ -1,0 +1,96 @@
+"""From a run folder, or one of its checkpoints, to the system ready to be evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vlscale import distributed
+from vlscale.config import Recipe, load_recipe
+from vlscale.data.sample import Sample
+from vlscale.data.sources import evaluation_split, read_data
+from vlscale.data.text import TextTokenizer
+from vlscale.errors import UserError
+from vlscale.interop import layout
+from vlscale.interop.export import load_weights, read_tensors
+from vlscale.systems.registry import build_system
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A trained system and where it came from."""
+
+    folder: Path
+    checkpoint: Path
+    step: int
+    recipe: Recipe
+    tokenizer: TextTokenizer
+    system: nn.Module
+    """In evaluation mode, on `device`."""
+    device: torch.device
+
+
+def load_run(path: str | Path, device: str | None = None) -> Run:
+    """Rebuild a run's system: a run folder means its newest complete checkpoint.
+
+    Raises:
+        UserError: no run there, no complete checkpoint, or weights that don't fit the recipe.
+    """
+    folder, checkpoint = find_checkpoint(Path(path))
+    recipe = without_downloads(load_recipe(str(folder / layout.RECIPE)))
+    tokenizer = TextTokenizer.load(folder / layout.TOKENIZER)
+    place = torch.device(device) if device else distributed.device()
+    system = build_system(recipe, tokenizer.vocabulary)
+    load_weights(system, checkpoint / layout.MODEL)
+    system.load_carried_state(read_tensors(checkpoint / layout.CARRIED))  # type: ignore[operator]
+    system.to(place).eval()
+    system.place(place)  # type: ignore[operator]
+    return Run(folder, checkpoint, layout.step_of(checkpoint) or 0, recipe, tokenizer, system, place)
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """Run folder and checkpoint folder that a user's path means.
+
+    Raises:
+        UserError: there is no run, or it has no complete checkpoint.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; expected a run folder (runs/NAME) or one of its checkpoints")
+    if layout.step_of(path) is not None:
+        if not layout.is_complete(path):
+            raise UserError(f"{path}: this checkpoint was not saved to the end; name the run folder for the newest one")
+        return path.resolve().parent.parent, path
+    if not (path / layout.RECIPE).is_file():
+        raise UserError(
+            f"{path}: no {layout.RECIPE} in it; expected a run folder (runs/NAME) or one of its checkpoints"
+        )
+    checkpoints = layout.complete_checkpoints(path)
+    if not checkpoints:
+        raise UserError(f"{path}: the run has no complete checkpoint yet")
+    return path, checkpoints[-1]
+
+
+def run_samples(
+    run: Run, data: str | None, split: str | None, image_root: str | None = None
+) -> tuple[str, list[Sample]]:
+    """Name and samples of the split to evaluate on; without `data` the run's own data.
+
+    Raises:
+        UserError: the data or the split is not there.
+    """
+    section = run.recipe.data
+    if data is not None:
+        section = section.model_copy(update={"path": data, "image_root": image_root})
+    elif image_root is not None:
+        section = section.model_copy(update={"image_root": image_root})
+    return evaluation_split(read_data(section), split)
+
+
+def without_downloads(recipe: Recipe) -> Recipe:
+    """The recipe with random initialisation: its weights come from a checkpoint, or are not looked at."""
+    tower = recipe.system.vision.model_copy(update={"init": "random"})
+    text = recipe.system.text.model_copy(update={"init": "random"})
+    return recipe.model_copy(update={"system": recipe.system.model_copy(update={"vision": tower, "text": text})})
