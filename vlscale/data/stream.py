@@ -7,8 +7,10 @@ caption, crop and augmentation of (seed, epoch, sample id). Workers are given wh
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
 from typing import Any, Protocol
 
 import numpy as np
@@ -99,6 +101,9 @@ class Stream:
         self._rank, self._world, self._start_step = rank, world, start_step
         self._dataset = _TrainingBatches(samples, data, tokenizer, seed, self._order)
         self._workers = workers
+        if workers:
+            _context()
+            forkserver.ensure_running()  # takes seconds to import torch: time for the caller to build its engine
         self._running: Iterator[Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -238,6 +243,7 @@ def _loader(dataset: Dataset[Any], positions: Iterator[list[int]], workers: int)
         collate_fn=_as_it_is,
         num_workers=workers,
         multiprocessing_context=_context() if workers else None,
+        worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from the global one, and the run depends on it
     )
@@ -252,6 +258,11 @@ def _context() -> Any:
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+def _start_worker(_: int) -> None:
+    # One process, one core: torch's threads are limited by the loader, the tokenizer's pool is not.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _as_it_is(item: Any) -> Any:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import torch
@@ -133,7 +136,7 @@ def build_tokenizer(options: Tokenizer, texts: Iterable[str]) -> TextTokenizer:
 
 
 def _trained(options: Tokenizer, texts: Iterable[str]) -> TextTokenizer:
-    """WordPiece over the cleaned texts; the same tokens and ids in every process (see `_alphabet`)."""
+    """WordPiece over the cleaned texts; the same tokens and ids in every process (see `_characters`)."""
     tokenizer = _bert_pipeline(models.WordPiece(unk_token=UNK))
     words: Counter[str] = Counter()
     for text in texts:
@@ -141,7 +144,8 @@ def _trained(options: Tokenizer, texts: Iterable[str]) -> TextTokenizer:
         words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(cleaned))
     if not words:
         raise UserError("data.tokenizer: no words to train a vocabulary on; give captions or name a tokenizer")
-    alphabet = _alphabet(words, options.vocab_size)
+    characters = _characters(words, options.vocab_size)
+    alphabet = [*characters, *(f"##{character}" for character in characters)]
     if options.vocab_size < len(SPECIAL) + len(alphabet):
         raise UserError(
             f"data.tokenizer.vocab_size: {options.vocab_size} is less than the {len(SPECIAL) + len(alphabet)} special "
@@ -150,14 +154,16 @@ def _trained(options: Tokenizer, texts: Iterable[str]) -> TextTokenizer:
     trainer = trainers.WordPieceTrainer(
         vocab_size=options.vocab_size, special_tokens=[*SPECIAL, *alphabet], show_progress=False
     )
-    ordered = (word for word in sorted(words) for _ in range(words[word]))
+    # A word with a rarer character becomes [UNK] anyway; here it would bring that character back.
+    known = sorted(word for word in words if not set(word) - set(characters))
+    ordered = (word for word in known for _ in range(words[word]))
     tokenizer.train_from_iterator(ordered, trainer)
     vocabulary = tokenizer.get_vocab()
     return _of_words(sorted(vocabulary, key=vocabulary.__getitem__), options, "the trained vocabulary")
 
 
-def _alphabet(words: Counter[str], vocab_size: int) -> list[str]:
-    """Characters of the words, sorted, and their ## forms: at most a quarter of the vocabulary, the frequent ones.
+def _characters(words: Counter[str], vocab_size: int) -> list[str]:
+    """The characters that get a token and a ## token, sorted; where they are too many the rare ones go.
 
     The library's trainer numbers them by hash order otherwise, and breaks ties between merges by those numbers: two
     trainings would differ. Given as special tokens they get their ids from this list.
@@ -167,8 +173,7 @@ def _alphabet(words: Counter[str], vocab_size: int) -> list[str]:
         for character in word:
             counts[character] += n
     frequent = sorted(counts, key=lambda character: (-counts[character], character))
-    kept = sorted(frequent[: max(64, vocab_size // 8)])
-    return [*kept, *(f"##{character}" for character in kept)]
+    return sorted(frequent[: max(64, vocab_size // 8)])
 
 
 def _bert_pipeline(model: models.WordPiece) -> FastTokenizer:
@@ -194,17 +199,9 @@ def _of_words(words: list[str], options: Tokenizer, source: str) -> TextTokenize
 
 
 def _fetched(options: Tokenizer) -> TextTokenizer:
-    """A fast tokenizer of `transformers`, from its hub, its cache or a local folder."""
-    from transformers import AutoTokenizer
-
+    """A fast tokenizer of `transformers`, from a local folder, its cache or its hub."""
     name = str(options.name)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, use_fast=True)
-    except Exception as error:  # transformers and its hub raise OSError, ValueError, ImportError, network errors …
-        raise UserError(
-            f"data.tokenizer.name: {name} can't be loaded ({_one_line(error)}); give a local folder, a vocab.txt, or "
-            "null to train one on the captions"
-        ) from None
+    tokenizer = _auto_tokenizer(name)
     ids: dict[str, Any] = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "cls", "sep", "mask")}
     missing = [kind for kind, value in ids.items() if value is None]
     if missing or not getattr(tokenizer, "is_fast", False):
@@ -213,6 +210,44 @@ def _fetched(options: Tokenizer) -> TextTokenizer:
     size = max(tokenizer.get_vocab().values()) + 1
     backend = FastTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     return TextTokenizer(backend, options, Vocabulary(size=size, **ids))
+
+
+def _auto_tokenizer(name: str) -> Any:
+    """What is on this machine first; the hub only if it answers, for its client retries for a minute."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, use_fast=True, local_files_only=True)
+    except Exception as error:  # transformers raises OSError, ValueError, ImportError … for what it can't find
+        local = _one_line(error)
+    instead = "give a local folder, a vocab.txt, or null to train one on the captions"
+    if Path(name).expanduser().exists():
+        raise UserError(f"data.tokenizer.name: {name} holds no tokenizer ({local}); {instead}")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(f"data.tokenizer.name: {name}: no such file or folder; {instead}")
+    if not _hub_answers():
+        raise UserError(f"data.tokenizer.name: {name} is not on this machine and the hub can't be reached; {instead}")
+    try:
+        return AutoTokenizer.from_pretrained(name, use_fast=True)
+    except Exception as error:
+        raise UserError(f"data.tokenizer.name: {name} can't be loaded ({_one_line(error)}); {instead}") from None
+
+
+def _hub_answers() -> bool:
+    """Whether Hugging Face's hub can be tried: something listens there, or a proxy is set that may know the way."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    endpoint = urlsplit(constants.ENDPOINT)
+    if endpoint.scheme in getproxies():
+        return True
+    port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+    try:
+        with socket.create_connection((endpoint.hostname or "", port), timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _read_backend(path: Path) -> FastTokenizer:
