@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlscale import distributed
 from vlscale.config import Train
 from vlscale.engine.optim import build_optimizer
 from vlscale.engine.schedule import BatchPlan
@@ -122,7 +123,7 @@ def build_engine(system: nn.Module, config: dict[str, Any], choice: Choice, trai
         device = next(system.parameters()).device.type
         dtype = torch.float16 if choice.precision == "fp16" else torch.bfloat16
         system.forward = torch.autocast(device, dtype)(system.forward)
-    with _without_scalars(system):
+    with _scalars_broadcast(system):
         engine, *_ = deepspeed.initialize(model=system, optimizer=build_optimizer(system, train), config=config)
     return engine
 
@@ -142,14 +143,18 @@ def import_deepspeed() -> Any:
 
 
 @contextmanager
-def _without_scalars(system: nn.Module) -> Iterator[None]:
-    """Give parameters without dimensions (the temperature) one: DeepSpeed broadcasts `p.data.view(torch.uint8)`."""
+def _scalars_broadcast(system: nn.Module) -> Iterator[None]:
+    """Broadcast parameters without dimensions (the temperature) ourselves: DeepSpeed fails on them.
+
+    It sends `p.data.view(torch.uint8)`, which needs a dimension, but passes over parameters with this attribute.
+    """
     scalars = [parameter for parameter in system.parameters() if parameter.ndim == 0]
     for parameter in scalars:
-        parameter.data = parameter.data.view(1)
+        distributed.broadcast(parameter.data)
+        parameter.ds_optim_param = True  # type: ignore[attr-defined]
     yield
     for parameter in scalars:
-        parameter.data = parameter.data.view(())
+        del parameter.ds_optim_param  # type: ignore[attr-defined]
 
 
 def _automatic(machine: Machine) -> tuple[str, str]:
