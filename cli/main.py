@@ -9,7 +9,7 @@ import typer
 
 from vlscale import __version__
 
-from . import errors, first_run, inspect, pretrain
+from . import data, errors, first_run, inspect, pretrain
 from . import eval as evaluation
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("codebook-inspect", short_help="What each codeword stands for, as a 
     inspect.codebook_inspect
 )
 app.add_typer(inspect.app, name="inspect")
+app.add_typer(data.app, name="data")
 app.command("first-run", short_help="From rendering the data to the pictures, ending with one table.")(
     first_run.first_run
 )

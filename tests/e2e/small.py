@@ -35,7 +35,7 @@ _SIZES = {
 SMALL = {
     "cb_vila_tiny": {
         **_SIZES,
-        "system.codebook": "{size: 16, init_step: 2, init_batches: 2, revive_after: 2}",
+        "system.codebook": "{size: 16, init_step: 2, revive_after: 2}",
         "system.warmup_steps": "2",
     },
     "albef_tiny": {**_SIZES, "system.teacher": "{queue_size: 32}"},
