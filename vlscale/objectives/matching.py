@@ -37,8 +37,8 @@ def draw_negatives(
         generator: on the CPU, so that the draw does not depend on the device.
     """
     size = image_ids.shape[0]
-    exponential = torch.empty(2, size, size).exponential_(generator=generator)
-    noise = -exponential.log().to(image_ids.device, non_blocking=True)  # [2, B, B] Gumbel
+    uniform = torch.rand(2, size, size, generator=generator).clamp_(min=torch.finfo(torch.float32).tiny)
+    noise = -(-uniform.log()).log().to(image_ids.device, non_blocking=True)  # [2, B, B] Gumbel
     same = image_ids[:, None] == image_ids[None, :]  # [B, B]
     sims = torch.stack([sim_t2i, sim_i2t]).detach().float()
     images, texts = (sims + noise).masked_fill(same, -torch.inf).argmax(2)
