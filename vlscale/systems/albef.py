@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vlscale import distributed
 from vlscale.config import AlbefSystem
 from vlscale.data.sample import Batch, Vocabulary
-from vlscale.nn.bert import FusionEncoder, KeyValue, TextEncoder, load_bert, select_context
+from vlscale.nn.bert import FusionEncoder, KeyValue, TextEncoder, concat_context, load_bert, select_context
 from vlscale.nn.heads import MlmHead
 from vlscale.nn.queue import FeatureQueue
 from vlscale.nn.teacher import Teacher
@@ -266,13 +266,10 @@ class Albef(nn.Module):
 
     def _match(self, texts: Tensor, mask: Tensor, context: list[KeyValue], negatives: matching.Negatives) -> Tensor:
         """ITM logits [3B, 2] of: the pairs, every text with its wrong image, every image with its wrong text."""
-        own = torch.arange(texts.shape[0], device=texts.device)
-        text_rows = torch.cat([own, own, negatives.texts])
-        image_rows = torch.cat([own, negatives.images, own])
-        queries, query_mask = texts.index_select(0, text_rows), mask.index_select(0, text_rows)
-        return self.match_logits(
-            self.fusion_encoder(queries, query_mask, select_context(context, image_rows), cls_only=True)
-        )
+        queries = torch.cat([texts, texts, texts[negatives.texts]])  # [3B, L, D]
+        query_mask = torch.cat([mask, mask, mask[negatives.texts]])
+        images = concat_context(context, select_context(context, negatives.images), context)
+        return self.match_logits(self.fusion_encoder(queries, query_mask, images, cls_only=True))
 
     def _negatives(self, contrast: Contrast, batch: Batch, progress: Progress, choices: Choices) -> matching.Negatives:
         size = len(batch)
