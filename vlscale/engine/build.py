@@ -125,6 +125,7 @@ def build_engine(system: nn.Module, config: dict[str, Any], choice: Choice, trai
         system.forward = torch.autocast(device, dtype)(system.forward)
     with _scalars_broadcast(system):
         engine, *_ = deepspeed.initialize(model=system, optimizer=build_optimizer(system, train), config=config)
+    _link_moments_of_every_group(engine.optimizer)
     return engine
 
 
@@ -155,6 +156,21 @@ def _scalars_broadcast(system: nn.Module) -> Iterator[None]:
     yield
     for parameter in scalars:
         del parameter.ds_optim_param  # type: ignore[attr-defined]
+
+
+def _link_moments_of_every_group(zero: Any) -> None:
+    """Let DeepSpeed link Adam's moments to the parameters when all groups have them.
+
+    It links once, after the first group's first step; the later groups have no moments then and would never get a link
+    (`safe_get_full_optimizer_state`: "exp_avg not found").
+    """
+    link = zero._lazy_init_hp_params_optimizer_state
+
+    def link_when_complete() -> None:
+        if all(zero.optimizer.state.get(partition) for partition in zero.single_partition_of_fp32_groups):
+            link()
+
+    zero._lazy_init_hp_params_optimizer_state = link_when_complete
 
 
 def _automatic(machine: Machine) -> tuple[str, str]:
