@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from vlscale.data.validate import Report
 
-app = typer.Typer(help="Make and check data sets.", no_args_is_help=True)
+app = typer.Typer(help="Make and check data sets.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()

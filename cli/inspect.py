@@ -29,7 +29,7 @@ def codebook_inspect(
 ) -> None:
     """What each codeword stands for: its image patches, usage, perplexity, dead codes, on one page."""
     launch.set_threads(threads, 1)
-    from vlscale.inspect.codebook import inspect_codebook
+    from vlscale.inspect.codebook import inspect_codebook, usage_table
 
     page = inspect_codebook(
         run,
@@ -41,7 +41,8 @@ def codebook_inspect(
         out=out,
         image_root=_text(image_root),
     )
-    terminal.print_page(page)
+    terminal.print_rich(usage_table(page))
+    print(page)
 
 
 @app.command()
@@ -61,4 +62,4 @@ def reconstructions(
     picture = inspect_reconstructions(
         run, data=_text(data), split=split, count=count, out=out, image_root=_text(image_root)
     )
-    terminal.print_page(picture)
+    print(picture)

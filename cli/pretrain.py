@@ -62,7 +62,9 @@ def pretrain(
     from vlscale.engine.loop import pretrain as run
 
     folder = out or Path("runs") / resolved.name
-    run(resolved, ds_config=ds_config, out=folder, resume=resume, threads=threads)
+    result = run(resolved, ds_config=ds_config, out=folder, resume=resume, threads=threads)
+    if launch.rank() == 0:
+        print(f"{result.out}: {result.step} steps done in {result.seconds:.0f} s; newest checkpoint {result.checkpoint}")
 
 
 def _overrides(pairs: list[str] | None, data: Path | None, image_root: Path | None) -> list[str]:

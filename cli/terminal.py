@@ -44,11 +44,6 @@ def print_result(path: Path, table: Table | None = None) -> None:
     print(path)
 
 
-def print_page(page: Path) -> None:
-    """Say where a page or a picture lies."""
-    print(page)
-
-
 def print_recipe(recipe: Recipe) -> None:
     """Print the resolved recipe as YAML, unwrapped, so that it can be saved and used as a recipe."""
     import yaml
