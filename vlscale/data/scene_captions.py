@@ -88,6 +88,9 @@ ZONE_WORDS = {
 }
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five"}
 
+_DETAIL = {2: 1.0, 3: 0.85, 4: 0.5, 5: 0.25}
+"""Chance of each optional attribute by the number of things a caption mentions: all have to fit into MAX_WORDS."""
+
 Form = Callable[["_Writer"], str | None]
 
 
@@ -181,14 +184,15 @@ def _joined(parts: list[str]) -> str:
 
 def _list(w: _Writer) -> str:
     """a red ball, a blue star and a box on the grass"""
-    things = w.some(4)
-    names = [w.thing(i, detail=0.9 if len(things) < 4 else 0.5) for i in things]
+    things = w.some(5)
+    names = [w.thing(i, detail=_DETAIL[len(things)]) for i in things]
     return f"{w.pick(('', '', 'a photo of ', 'a picture of '))}{_joined(names)} {w.place()}"
 
 
 def _place_first(w: _Writer) -> str:
     """on the grass there are a red ball and a blue star"""
-    names = [w.thing(i, detail=0.8) for i in w.some(3)]
+    things = w.some(4)
+    names = [w.thing(i, detail=_DETAIL[len(things)]) for i in things]
     return f"{w.place()} {w.pick(('there are', 'lie', 'we see', 'you can see'))} {_joined(names)}"
 
 
@@ -234,10 +238,10 @@ def _relation_and_more(w: _Writer) -> str | None:
 
 def _zones(w: _Writer) -> str | None:
     """a red ball on the left, a blue star on the right"""
-    spots = w.zoned(3)
+    spots = w.zoned(4)
     if len(spots) < 2:
         return None
-    text = _joined([f"{w.thing(i, detail=0.6)} {where}" for i, where in spots])
+    text = _joined([f"{w.thing(i, detail=_DETAIL[len(spots) + 1])} {where}" for i, where in spots])
     return f"{text}, {w.place()}" if w.rng.random() < 0.6 else text
 
 
@@ -253,13 +257,14 @@ def _zone_first(w: _Writer) -> str | None:
 
 def _together(w: _Writer) -> str:
     """a red ball together with a blue star and a box, in the snow"""
-    names = [w.thing(i, detail=0.9) for i in w.some(3)]
+    things = w.some(4)
+    names = [w.thing(i, detail=_DETAIL[len(things)]) for i in things]
     return f"{names[0]} {w.pick(('with', 'together with', 'and also'))} {_joined(names[1:])}, {w.place()}"
 
 
 def _short(w: _Writer) -> str:
     """striped red ball and shiny blue star, brick wall"""
-    names = [w.thing(i, article="", detail=1.0) for i in w.some(3)]
+    names = [w.thing(i, article="", detail=1.0) for i in w.some(4)]
     return f"{_joined(names)}, {w.place()}"
 
 

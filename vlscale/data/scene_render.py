@@ -16,6 +16,9 @@ from vlscale.data.scene_world import COLOURS, Scene, Thing
 SIDE = 80
 """Side of a scene in pixels: a little more than the 64 that the tiny recipes train at, which leaves room for crops."""
 
+_SECOND = {"white": (118, 124, 142), "yellow": (70, 58, 48), "black": (148, 148, 158)}
+"""Second colour of a pattern where it is not white: a white and a black checkered thing must not look the same."""
+
 Box = tuple[float, float, float, float]
 Pixels = NDArray[np.float32]
 
@@ -88,7 +91,7 @@ def _layer(thing: Thing, art: Template) -> _Layer:
 def _paste(canvas: Pixels, thing: Thing, layer: _Layer, rng: np.random.Generator) -> None:
     """Lay the thing's shadow and then the thing onto the canvas, in place."""
     base = np.asarray(COLOURS[thing.colour], dtype=np.float32) + rng.uniform(-7, 7, 3).astype(np.float32)
-    second = np.asarray((58, 52, 60) if thing.colour in ("white", "yellow") else (250, 248, 242), dtype=np.float32)
+    second = np.asarray(_SECOND.get(thing.colour, (250, 248, 242)), dtype=np.float32)
     under = canvas[layer.window]
     under *= (1 - 0.5 * layer.shadow)[..., None]
     pattern, shade, gloss, alpha = (layer.bands[..., k, None] for k in range(4))

@@ -15,16 +15,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from vlscale.data.scene_world import RING_HOLE
-
 REACH = 1.25
 """Half the side of a template in units of half the thing's extent."""
 TEMPLATE_SIDE = {"small": 48, "large": 84}
 """Pixels of a template's side: slightly above the size it is shown at, so that the affine map needs no filter."""
+RING_HOLE = 0.6
+"""Radius of a ring's hole as a share of its outer radius; what is inside a ring has to fit."""
 _DRAWN = 240
 """Side at which templates are drawn before they are reduced."""
 _LIGHT = np.array([-0.48, -0.62, 0.62])
 """Direction to the light: from the upper left, towards the viewer."""
+
+COVER_SIDE = 24
+"""Side of the coarse masks that tell how much of a thing another one hides."""
 
 Plane = NDArray[np.float64]
 
@@ -59,6 +62,17 @@ def template(shape: str, texture: str, size: str) -> Template:
     blurred = ndimage.gaussian_filter(mask.astype(float), 0.05 * _DRAWN)
     shadow = _image(blurred).resize((side, side), Image.Resampling.BOX)
     return Template(Image.merge("CMYK", bands), shadow)
+
+
+@cache
+def cover(shape: str) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """The silhouette coarsely: a square mask over [-REACH, REACH]² and the points [n, 2] = (u, v) inside it."""
+    axis = (np.arange(COVER_SIDE) + 0.5) / COVER_SIDE * 2 * REACH - REACH
+    u, v = np.meshgrid(axis, axis)
+    fine = (np.arange(_DRAWN) + 0.5) / _DRAWN * 2 * REACH - REACH
+    block = _DRAWN // COVER_SIDE
+    mask = _silhouette(shape, *np.meshgrid(fine, fine))[block // 2 :: block, block // 2 :: block]
+    return mask, np.stack([u[mask], v[mask]], axis=1)
 
 
 def _image(plane: Plane) -> Image.Image:
@@ -106,7 +120,7 @@ def _silhouette(shape: str, u: Plane, v: Plane) -> NDArray[np.bool_]:
     raise KeyError(shape)
 
 
-BOTTLE_HALF = (0.26, 0.26, 0.26, 0.19, 0.19, 0.56, 0.56, 0.44)
+BOTTLE_HALF = (0.28, 0.28, 0.28, 0.21, 0.21, 0.62, 0.62, 0.5)
 """Half-width of the bottle at the heights listed in `_silhouette`: cap, neck, shoulders, body, foot."""
 
 
@@ -128,7 +142,7 @@ def _light(shape: str, mask: NDArray[np.bool_], u: Plane, v: Plane) -> tuple[Pla
         eye = np.hypot(u + 0.68, v + 0.14)
         facing = np.where(eye < 0.1, -0.5, facing)
         gloss = np.where((eye < 0.19) & (eye >= 0.1), 4.0, gloss)
-    return 0.5 + 0.76 * facing, gloss
+    return 0.48 + 0.72 * facing, gloss
 
 
 def _height(shape: str, mask: NDArray[np.bool_], u: Plane, v: Plane) -> Plane:
@@ -149,8 +163,8 @@ def _height(shape: str, mask: NDArray[np.bool_], u: Plane, v: Plane) -> Plane:
 
 def _box_faces(u: Plane, v: Plane) -> Plane:
     """Shading of a cube seen from above and from the right: light top, plain front, dark side."""
-    shade = np.full_like(u, 1.0)
-    shade[_polygon([(-0.95, -0.45), (-0.5, -0.93), (0.97, -0.93), (0.5, -0.45)])] = 1.27
+    shade = np.full_like(u, 0.95)
+    shade[_polygon([(-0.95, -0.45), (-0.5, -0.93), (0.97, -0.93), (0.5, -0.45)])] = 1.2
     shade[_polygon([(0.5, -0.45), (0.97, -0.93), (0.97, 0.45), (0.5, 0.93)])] = 0.58
     return ndimage.gaussian_filter(shade, 1.5)
 
