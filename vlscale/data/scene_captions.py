@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from vlscale.data.scene_world import Scene, Thing, relations, zone
+from vlscale.data.scene_world import Scene, Thing, zone
 
 MAX_WORDS = 22
 PER_SCENE = 5
@@ -41,7 +41,7 @@ PLACES = {
     "sand": ("on the sand", "on a sandy beach", "on the beach"),
     "water": ("on the water", "in the water", "on the sea"),
     "wood": ("on a wooden table", "on wooden boards", "on a wooden floor"),
-    "brick": ("against a brick wall", "by a brick wall", "at a wall of bricks"),
+    "brick": ("against a brick wall", "by a brick wall", "before a wall of bricks"),
     "snow": ("in the snow", "on fresh snow", "on the snow"),
     "night": ("in the night sky", "at night", "under a starry night sky"),
     "clouds": ("in the cloudy sky", "among the clouds", "before a sky with clouds"),
@@ -120,7 +120,7 @@ def tuples(scene: Scene) -> list[tuple[str, ...]]:
     for thing in scene.things:
         found.append((thing.shape,))
         found += [(attribute, thing.shape) for attribute in (thing.colour, thing.texture, thing.size)]
-    found += [(scene.things[i].shape, name, scene.things[j].shape) for i, name, j in relations(scene.things)]
+    found += [(scene.things[i].shape, name, scene.things[j].shape) for i, name, j in scene.relations]
     return list(dict.fromkeys(found))
 
 
@@ -162,8 +162,8 @@ class _Writer:
 
     def related(self) -> tuple[int, str, int] | None:
         """A relation that holds, the telling ones more often than `next to`."""
-        found = relations(self.scene.things)
-        telling = [fact for fact in found if fact[1] != "next to"]
+        found = self.scene.relations
+        telling = tuple(fact for fact in found if fact[1] != "next to")
         if telling and self.rng.random() < 0.85:
             found = telling
         return self.rng.choice(found) if found else None

@@ -29,7 +29,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (132, 52, 184),
     "pink": (252, 138, 188),
     "white": (240, 240, 238),
-    "black": (38, 38, 44),
+    "black": (46, 46, 53),
 }
 """sRGB of the unshaded colour."""
 
@@ -106,6 +106,8 @@ class Scene:
 
     background: str
     things: tuple[Thing, ...]
+    relations: tuple[tuple[int, str, int], ...]
+    """Every relation that holds, in both directions: (index of the subject, relation, index of the object)."""
 
     def description(self) -> tuple[Any, ...]:
         """What no other scene may share: the background and the set of things, wherever they stand."""
@@ -120,7 +122,7 @@ def sample_scene(rng: random.Random) -> Scene:
     while (things := _place(rng, looks)) is None or _least_in_sight(things) < 0.6:
         for look in looks:  # as large as fits: shrink a little until it does
             look["extent"] *= 0.98
-    return Scene(background, tuple(things))
+    return Scene(background, tuple(things), tuple(_relations(things)))
 
 
 def hidden_share(back: Thing, front: Thing) -> float:
@@ -135,16 +137,6 @@ def hidden_share(back: Thing, front: Thing) -> float:
     return float(mask[cells[:, 1], cells[:, 0]].sum() / len(points))
 
 
-def relations(things: tuple[Thing, ...]) -> list[tuple[int, str, int]]:
-    """Every relation that holds, in both directions: (index of the subject, relation, index of the object)."""
-    found = []
-    for i, a in enumerate(things):
-        for j in range(i + 1, len(things)):
-            for name in _between(a, things[j]):
-                found += [(i, name, j), (j, OPPOSITE[name], i)]
-    return found
-
-
 def zone(thing: Thing) -> str | None:
     """Where in the picture the thing is, or None where no word would be safe: `top left`, `left`, `middle` …"""
     column = "left" if thing.x < 0.38 else "right" if thing.x > 0.62 else ""
@@ -152,6 +144,15 @@ def zone(thing: Thing) -> str | None:
     if row or column:
         return f"{row} {column}".strip()
     return "middle" if math.hypot(thing.x - 0.5, thing.y - 0.5) < 0.12 else None
+
+
+def _relations(things: list[Thing]) -> list[tuple[int, str, int]]:
+    found = []
+    for i, a in enumerate(things):
+        for j in range(i + 1, len(things)):
+            for name in _between(a, things[j]):
+                found += [(i, name, j), (j, OPPOSITE[name], i)]
+    return found
 
 
 def _looks(rng: random.Random, background: str, sizes: tuple[str, ...]) -> list[dict[str, Any]]:
