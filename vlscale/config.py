@@ -249,7 +249,9 @@ class Recipe(Section):
         known = LOSSES[self.system.name]
         unknown = sorted(set(self.weights) - set(known))
         if unknown:
-            raise ValueError(f"weights: {', '.join(unknown)} is no loss of {self.system.name}; it has {', '.join(known)}")
+            raise ValueError(
+                f"weights: {', '.join(unknown)} is no loss of {self.system.name}; it has {', '.join(known)}"
+            )
         return self
 
 
@@ -327,7 +329,9 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
         text = (resources.files("vlscale.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
         source = f"recipe {name_or_path}"
     else:
-        raise UserError(f"no recipe {name_or_path!r}: use one of {', '.join(recipe_names())}, or a path ending in .yaml")
+        raise UserError(
+            f"no recipe {name_or_path!r}: use one of {', '.join(recipe_names())}, or a path ending in .yaml"
+        )
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

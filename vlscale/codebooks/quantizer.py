@@ -76,8 +76,8 @@ class Quantizer(nn.Module):
             perturbed = noise - squared / tau
             indices = perturbed.argmax(1)
             soft = perturbed.softmax(1)
-            hard = nn.functional.one_hot(indices, len(codes)).to(soft.dtype)
-            return Sampled((hard - soft.detach() + soft) @ codes, indices)
+            # (one-hot + soft − sg[soft]) C, with the one-hot product as a lookup: its value is exactly a code.
+            return Sampled(self.lookup(indices) + (soft - soft.detach()) @ codes, indices)
 
     def tau(self, fraction: float) -> float:
         """Gumbel temperature after this share of the run: geometric from start to end, then constant."""

@@ -35,7 +35,9 @@ def masked_cells(grid: tuple[int, int], ratio: float, block: int = 1) -> int:
     blocks = (rows // block) * (columns // block)
     masked = round(ratio * blocks)
     if not 0 < masked < blocks:
-        raise UserError(f"system.mim.ratio: {ratio} masks {masked} of {blocks} blocks; some must be masked, some visible")
+        raise UserError(
+            f"system.mim.ratio: {ratio} masks {masked} of {blocks} blocks; some must be masked, some visible"
+        )
     return masked * block * block
 
 

@@ -66,9 +66,7 @@ class _Cells(NamedTuple):
 class CbVila(nn.Module):
     """Encoders, codebook and heads; see the module's docstring."""
 
-    def __init__(
-        self, config: CbVilaSystem, image_size: int, vocabulary: Vocabulary, *, contrast: bool = True
-    ) -> None:
+    def __init__(self, config: CbVilaSystem, image_size: int, vocabulary: Vocabulary, *, contrast: bool = True) -> None:
         """`contrast` tells whether the recipe trains ITC: without it negatives are drawn uniformly."""
         super().__init__()
         self.config, self.vocabulary, self.trains_contrast = config, vocabulary, contrast
@@ -130,9 +128,7 @@ class CbVila(nn.Module):
         writer.write(self.temperature, writer.read(self.temperature).clamp(*TEMPERATURE_RANGE))
         self.codebook.after_step(progress.step + 1, progress.fraction, writer)
 
-    def _encode_pairs(
-        self, batch: Batch, tokens: Tensor, warm: bool, progress: Progress, choices: Choices
-    ) -> _Pairs:
+    def _encode_pairs(self, batch: Batch, tokens: Tensor, warm: bool, progress: Progress, choices: Choices) -> _Pairs:
         """Clean and masked texts in one pass; the image's keys and values once for all that read them."""
         context = self.fusion_encoder.project_context(tokens)
         ids, mask = batch.input_ids, batch.attention_mask
@@ -144,7 +140,9 @@ class CbVila(nn.Module):
         clean, masked = self.text_encoder(torch.cat([ids, masked_ids]), torch.cat([mask, mask])).chunk(2)
         return _Pairs(context, clean, masked, labels, mask)
 
-    def _contrast(self, batch: Batch, tokens: Tensor, pairs: _Pairs, losses: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _contrast(
+        self, batch: Batch, tokens: Tensor, pairs: _Pairs, losses: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """ITC over the global batch; returns the local similarities that draw the negatives."""
         image_feat, text_feat = self._project(self.vision_proj, tokens), self._project(self.text_proj, pairs.clean)
         itc = in_batch_itc(image_feat, text_feat, self._divisor(), batch.image_ids)
@@ -194,14 +192,21 @@ class CbVila(nn.Module):
         metrics["mlm_accuracy"] = masked_accuracy(logits, labels)
 
     def _quantise(
-        self, tokens: Tensor, progress: Progress, choices: Choices, losses: dict[str, Tensor], metrics: dict[str, Tensor]
+        self,
+        tokens: Tensor,
+        progress: Progress,
+        choices: Choices,
+        losses: dict[str, Tensor],
+        metrics: dict[str, Tensor],
     ) -> _Cells:
         """Nearest codes (eq. 1), the vector-quantisation terms (eq. 3) and the mask."""
         features = tokens[:, 1:].float()  # [B, N, D]
         indices = self.codebook.assign(features)
         nearest = self.codebook.lookup(indices)
         options = self.config.codebook
-        losses["codebook"] = codebook_loss(features.flatten(0, 1), nearest.flatten(0, 1), options.beta, options.reduction)
+        losses["codebook"] = codebook_loss(
+            features.flatten(0, 1), nearest.flatten(0, 1), options.beta, options.reduction
+        )
         mask = choices.patch_mask
         if mask is None:
             mim = self.config.mim
@@ -286,7 +291,9 @@ class CbVila(nn.Module):
         return TextStates(tokens, batch.attention_mask, self._project(self.text_proj, tokens))
 
     def fuse(self, text: TextStates, image: ImageStates) -> Tensor:
-        return self.fusion_encoder(text.tokens, text.mask, self.fusion_encoder.project_context(image.tokens), image.mask)
+        return self.fusion_encoder(
+            text.tokens, text.mask, self.fusion_encoder.project_context(image.tokens), image.mask
+        )
 
     def similarity(self, image: ImageStates, text: TextStates) -> Tensor | None:
         """None where ITC was not trained: then retrieval scores every pair with ITM."""

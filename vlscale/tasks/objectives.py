@@ -31,11 +31,7 @@ from vlscale.objectives.reconstruction import mim_loss
 from vlscale.systems.protocol import System, TextStates
 
 FUNCTION_WORDS = frozenset(
-    "a an the this that these those there here it its is are was were be been being has have had do does did in on at "
-    "of to from by with without for and or but nor as while with into onto over under above below behind beside "
-    "between near next left right front back side top bottom up down out off through across along around against "
-    "which who whom whose what where when his her their our your my he she they we you i him them us one some each "
-    "both all other another same very more most also just not no so than then too can could will would may might".split()
+    ["a", "an", "the", "this", "that", "these", "those", "there", "here", "it", "its", "is", "are", "was", "were", "be", "been", "being", "has", "have", "had", "do", "does", "did", "in", "on", "at", "of", "to", "from", "by", "with", "without", "for", "and", "or", "but", "nor", "as", "while", "with", "into", "onto", "over", "under", "above", "below", "behind", "beside", "between", "near", "next", "left", "right", "front", "back", "side", "top", "bottom", "up", "down", "out", "off", "through", "across", "along", "around", "against", "which", "who", "whom", "whose", "what", "where", "when", "his", "her", "their", "our", "your", "my", "he", "she", "they", "we", "you", "i", "him", "them", "us", "one", "some", "each", "both", "all", "other", "another", "same", "very", "more", "most", "also", "just", "not", "no", "so", "than", "then", "too", "can", "could", "will", "would", "may", "might"]
 )
 """Words that an image does not decide; a position word is one of them, since a relation can be told two ways."""
 BATCH = 64
@@ -145,9 +141,7 @@ def _probe_matching(system: System, batch: Batch, generator: torch.Generator, su
     sums.add("itm", itm_accuracy(logits, valid).item(), valid.sum().item())
 
 
-def _probe_words(
-    system: System, batch: Batch, tokenizer: TextTokenizer, rng: np.random.Generator, sums: _Sums
-) -> None:
+def _probe_words(system: System, batch: Batch, tokenizer: TextTokenizer, rng: np.random.Generator, sums: _Sums) -> None:
     """One content word per caption becomes [MASK]; found with the true image, and with the next one of the batch?"""
     positions = [_content_position(tokenizer, row, rng) for row in batch.input_ids.cpu()]
     rows = torch.tensor([row for row, position in enumerate(positions) if position is not None])
@@ -171,7 +165,9 @@ def _content_position(tokenizer: TextTokenizer, ids: Tensor, rng: np.random.Gene
     special = {vocabulary.pad, vocabulary.cls, vocabulary.sep, vocabulary.mask}
     values = ids.tolist()
     tokens = tokenizer.tokens(values)
-    whole = [not (position + 1 < len(tokens) and tokens[position + 1].startswith("##")) for position in range(len(tokens))]
+    whole = [
+        not (position + 1 < len(tokens) and tokens[position + 1].startswith("##")) for position in range(len(tokens))
+    ]
     candidates = [
         position
         for position, (value, token) in enumerate(zip(values, tokens, strict=True))
@@ -180,9 +176,7 @@ def _content_position(tokenizer: TextTokenizer, ids: Tensor, rng: np.random.Gene
     return int(rng.choice(candidates)) if candidates else None
 
 
-def _probe_cells(
-    system: System, batch: Batch, recipe: Recipe, generator: torch.Generator, sums: _Sums
-) -> Tensor:
+def _probe_cells(system: System, batch: Batch, recipe: Recipe, generator: torch.Generator, sums: _Sums) -> Tensor:
     """MIM with the true captions and with those of the next pair; returns the masked cells' codes."""
     assert isinstance(system, PredictsCells)
     mim: Any = recipe.system.mim  # type: ignore[union-attr]
