@@ -6,7 +6,7 @@ become the text encoder, the last ones the fusion encoder, whose cross-attention
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +177,8 @@ class FusionEncoder(nn.Module):
 
     def project_context(self, context: Tensor) -> list[KeyValue]:
         """Keys and values of every layer for a context [B, M, C]: once, for all passes that read it."""
-        return [layer.crossattention.self.project(context) for layer in self.layer]
+        layers: list[Any] = list(self.layer)
+        return [layer.crossattention.self.project(context) for layer in layers]
 
     def forward(
         self,
@@ -187,7 +188,7 @@ class FusionEncoder(nn.Module):
         context_mask: Tensor | None = None,
         cls_only: bool = False,
     ) -> Tensor:
-        """queries [B, L, D], masks [B, L] and [B, M] (None: attend to all) → [B, L, D], or [B, 1, D] with `cls_only`."""
+        """queries [B, L, D], masks [B, L] and [B, M] (None: attend to all) → [B, L, D]; [B, 1, D] with `cls_only`."""
         bias, context_bias = additive_mask(query_mask, torch.float32), additive_mask(context_mask, torch.float32)
         last = len(self.layer) - 1
         for index, (layer, kv) in enumerate(zip(self.layer, context, strict=True)):

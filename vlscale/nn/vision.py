@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -17,7 +18,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: Vision, image_size: int, checkpointing: bool = False) -> None:
         super().__init__()
-        self.vit = _create(config, image_size)
+        self.vit: Any = _create(config, image_size)
         self.vit.set_grad_checkpointing(checkpointing)
         if config.init not in {"random", "pretrained"}:
             _load_local(self.vit, Path(config.init))
@@ -45,7 +46,7 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([cls, cells.permute(0, 2, 3, 1).flatten(1, 2).to(cls.dtype)], dim=1)
 
 
-def _create(config: Vision, image_size: int) -> nn.Module:
+def _create(config: Vision, image_size: int) -> Any:
     try:
         vit = timm.create_model(
             config.model,
@@ -64,13 +65,13 @@ def _create(config: Vision, image_size: int) -> nn.Module:
     return vit
 
 
-def _load_local(vit: nn.Module, path: Path) -> None:
+def _load_local(vit: Any, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"system.vision.init: {path}: no such file; use random, pretrained or a weights file")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        weights = load_file(path)
+        weights: dict[str, Any] = load_file(path)
     else:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     weights = weights.get("model", weights)

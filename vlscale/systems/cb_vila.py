@@ -185,7 +185,8 @@ class CbVila(nn.Module):
         fused = self.fusion_encoder(pairs.masked, pairs.mask, pairs.context)
         everything = choices.mlm_labels is not None
         probability = 1.0 if everything else self.config.mlm_probability
-        capacity = masking_capacity(*pairs.labels.shape, probability)
+        batch, length = pairs.labels.shape
+        capacity = masking_capacity(batch, length, probability)
         states, labels = gather_masked(fused, pairs.labels, capacity)
         logits = self.mlm_head(states, self.text_encoder.embeddings.word_embeddings.weight)
         losses["mlm"] = mlm_loss(logits, labels)

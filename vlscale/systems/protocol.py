@@ -150,7 +150,7 @@ class System(Protocol):
         ...
 
     def similarity(self, image: ImageStates, text: TextStates) -> Tensor | None:
-        """First-stage scores [B_image, B_text] (cosines over the temperature), or None where there is no first stage."""
+        """First-stage scores [B_image, B_text], cosines over the temperature; None where there is no first stage."""
         ...
 
     def match_logits(self, states: Tensor) -> Tensor:

@@ -30,9 +30,14 @@ from vlscale.objectives.patches import draw_patch_mask
 from vlscale.objectives.reconstruction import mim_loss
 from vlscale.systems.protocol import System, TextStates
 
-FUNCTION_WORDS = frozenset(
-    ["a", "an", "the", "this", "that", "these", "those", "there", "here", "it", "its", "is", "are", "was", "were", "be", "been", "being", "has", "have", "had", "do", "does", "did", "in", "on", "at", "of", "to", "from", "by", "with", "without", "for", "and", "or", "but", "nor", "as", "while", "with", "into", "onto", "over", "under", "above", "below", "behind", "beside", "between", "near", "next", "left", "right", "front", "back", "side", "top", "bottom", "up", "down", "out", "off", "through", "across", "along", "around", "against", "which", "who", "whom", "whose", "what", "where", "when", "his", "her", "their", "our", "your", "my", "he", "she", "they", "we", "you", "i", "him", "them", "us", "one", "some", "each", "both", "all", "other", "another", "same", "very", "more", "most", "also", "just", "not", "no", "so", "than", "then", "too", "can", "could", "will", "would", "may", "might"]
-)
+_FUNCTION_WORDS = """
+a an the this that these those there here it its is are was were be been being has have had do does did in on at of
+to from by with without for and or but nor as while into onto over under above below behind beside between near next
+left right front back side top bottom up down out off through across along around against which who whom whose what
+where when his her their our your my he she they we you i him them us one some each both all other another same very
+more most also just not no so than then too can could will would may might
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 """Words that an image does not decide; a position word is one of them, since a relation can be told two ways."""
 BATCH = 64
 
