@@ -14,7 +14,7 @@ from . import launch
 
 USER_ERROR = 2
 INTERRUPTED = 130
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 15.0
 """How long another rank waits for the launcher to end it before it prints an error of its own."""
 
 

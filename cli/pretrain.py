@@ -64,7 +64,7 @@ def pretrain(
     folder = out or Path("runs") / resolved.name
     result = run(resolved, ds_config=ds_config, out=folder, resume=resume, threads=threads)
     if launch.rank() == 0:
-        print(f"{result.out}: {result.step} steps done in {result.seconds:.0f} s; newest checkpoint {result.checkpoint}")
+        print(f"{result.out}: {result.step} steps done, {result.seconds:.0f} s")
 
 
 def _overrides(pairs: list[str] | None, data: Path | None, image_root: Path | None) -> list[str]:
