@@ -21,7 +21,7 @@ TEMPLATE_SIDE = {"small": 48, "large": 84}
 """Pixels of a template's side: slightly above the size it is shown at, so that the affine map needs no filter."""
 RING_HOLE = 0.6
 """Radius of a ring's hole as a share of its outer radius; what is inside a ring has to fit."""
-_DRAWN = 240
+_DRAWN = 168
 """Side at which templates are drawn before they are reduced."""
 _LIGHT = np.array([-0.48, -0.62, 0.62])
 """Direction to the light: from the upper left, towards the viewer."""
@@ -108,7 +108,7 @@ def _silhouette(shape: str, u: Plane, v: Plane) -> NDArray[np.bool_]:
     if shape == "cross":
         return ((np.abs(u) < 0.33) & (np.abs(v) < 1.0)) | ((np.abs(v) < 0.33) & (np.abs(u) < 1.0))
     if shape == "moon":
-        return (np.hypot(u + 0.08, v) < 1.0) & (np.hypot(u - 0.5, v) > 0.86)
+        return (np.hypot(u - 0.24, v) < 1.0) & (np.hypot(u - 0.82, v) > 0.86)
     if shape == "bottle":
         half = np.interp(v[:, 0], [-1.05, -1.04, -0.84, -0.83, -0.5, -0.12, 0.9, 1.0], BOTTLE_HALF)
         return (np.abs(u) < half[:, None]) & (np.abs(v) < 1.05)
@@ -153,12 +153,12 @@ def _height(shape: str, mask: NDArray[np.bool_], u: Plane, v: Plane) -> Plane:
         half = np.clip(0.86 * (v + 1.08) / 1.8, 0.05, None)
         return np.sqrt(np.clip(half**2 - u**2, 0.0, None))
     if shape == "bottle":
-        half = ndimage.gaussian_filter1d(mask.sum(axis=1) * (REACH / _DRAWN), 4.0)[:, None]
+        half = ndimage.gaussian_filter1d(mask.sum(axis=1) * (REACH / _DRAWN), 0.017 * _DRAWN)[:, None]
         return np.sqrt(np.clip(half**2 - u**2, 0.0, None))
     bevel = {"ring": 0.2, "cross": 0.33, "moon": 0.35}.get(shape, 0.42)
     depth = ndimage.distance_transform_edt(mask) * (2 * REACH / _DRAWN)
     rise = np.clip(depth / bevel, 0, 1)
-    return ndimage.gaussian_filter(bevel * np.sqrt(1 - (1 - rise) ** 2), 4.0)
+    return ndimage.gaussian_filter(bevel * np.sqrt(1 - (1 - rise) ** 2), 0.017 * _DRAWN)
 
 
 def _box_faces(u: Plane, v: Plane) -> Plane:
@@ -166,7 +166,7 @@ def _box_faces(u: Plane, v: Plane) -> Plane:
     shade = np.full_like(u, 0.95)
     shade[_polygon([(-0.95, -0.45), (-0.5, -0.93), (0.97, -0.93), (0.5, -0.45)])] = 1.2
     shade[_polygon([(0.5, -0.45), (0.97, -0.93), (0.97, 0.45), (0.5, 0.93)])] = 0.58
-    return ndimage.gaussian_filter(shade, 1.5)
+    return ndimage.gaussian_filter(shade, 0.006 * _DRAWN)
 
 
 def _streaks(shape: str, u: Plane, v: Plane) -> Plane:

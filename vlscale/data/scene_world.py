@@ -73,7 +73,9 @@ _MIXES = {
 }
 _EXTENTS = {2: (0.58, 0.66), 3: (0.50, 0.58), 4: (0.48, 0.54), 5: (0.46, 0.52)}
 """Side of a large thing as a share of the picture, by the number of things."""
-_SMALL = (0.31, 0.36)
+_SMALL = (0.305, 0.345)
+_LEAST = {"small": 0.28, "large": 0.43}
+"""What crowded scenes may shrink to: large must stay clearly larger than small, in any scene."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ def sample_scene(rng: random.Random) -> Scene:
     looks = _looks(rng, background, rng.choice(_MIXES[count]))
     while (things := _place(rng, looks)) is None or _least_in_sight(things) < 0.6:
         for look in looks:  # as large as fits: shrink a little until it does
-            look["extent"] *= 0.98
+            look["extent"] = max(0.98 * look["extent"], _LEAST[look["size"]])
     return Scene(background, tuple(things), tuple(_relations(things)))
 
 
@@ -268,6 +270,6 @@ def _between(a: Thing, b: Thing) -> list[str]:
     hidden = hidden_share(a, b)
     if hidden > 0.08:
         found.append("behind")
-    elif hidden < 0.02 and distance < 1.2 * reach:
+    elif hidden < 0.02 and distance < 1.1 * reach:
         found.append("next to")
     return found
