@@ -19,8 +19,9 @@ from vlscale.data.augment import rand_augment
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded (Pillow's own limit: a quarter of a gigabyte of RGB)."""
 
-# load_image checks the size itself and turns it into an error that names the file; Pillow would warn as well.
+# What matters becomes an ImageError that names the file; Pillow's warnings about size, EXIF and palettes don't.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {

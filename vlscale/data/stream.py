@@ -289,8 +289,9 @@ def _image_ids(images: Sequence[str]) -> list[int]:
 
 
 def _generator(seed: int, *rest: int) -> np.random.Generator:
-    # SeedSequence takes no negative numbers; two's complement keeps them apart.
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed % 2**64, *rest])))
+    # SeedSequence takes no negative numbers: the sign goes beside them.
+    sequence = np.random.SeedSequence([abs(seed), *rest], spawn_key=(1,) if seed < 0 else ())
+    return np.random.Generator(np.random.PCG64(sequence))
 
 
 def _number(identity: str) -> int:
