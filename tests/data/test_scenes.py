@@ -118,6 +118,8 @@ def test_embedded_scenes_are_rendered_once(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(scenes, "render_scenes", counted)
     options = config.Scenes(train=4, test=2, seed=7)
+    killed = tmp_path / "cache" / f".scenes-v{scenes.VERSION}-4-2-seed7.abc"
+    killed.mkdir(parents=True)
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(scenes.embedded_scenes(options))) for _ in range(3)]
     for thread in threads:
@@ -127,6 +129,7 @@ def test_embedded_scenes_are_rendered_once(tmp_path: Path, monkeypatch: pytest.M
     assert len(found) == 3
     assert len(set(found)) == len(calls) == 1
     assert found[0].parent == tmp_path / "cache"
+    assert not killed.exists()
     assert f"v{scenes.VERSION}" in found[0].name
     monkeypatch.setattr(scenes, "VERSION", scenes.VERSION + 1)
     assert scenes.embedded_scenes(options) != found[0]

@@ -21,10 +21,11 @@ Plane = NDArray[np.float64]
 
 @cache
 def plate(background: str, variant: int) -> NDArray[np.float32]:
-    """[PLATE, PLATE, 3] float32, 0…255: one painting of the background; the same in every process."""
+    """[3, PLATE, PLATE] float32, 0…255: one painting of the background; the same in every process."""
     names = list(_PAINTERS)
     rng = np.random.default_rng([77, names.index(background), variant])
-    return np.clip(_PAINTERS[background](rng), 0, 255).astype(np.float32)
+    image = np.clip(_PAINTERS[background](rng), 0, 255).astype(np.float32)
+    return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
 def _grid() -> tuple[Plane, Plane]:

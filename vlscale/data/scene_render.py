@@ -33,34 +33,34 @@ class Rendered(NamedTuple):
 
 class _Layer(NamedTuple):
     window: tuple[slice, slice]
-    bands: Pixels  # [h, w, 4], 0…1: pattern, shade, gloss, alpha
+    bands: Pixels  # [4, h, w], 0…1: pattern, shade, gloss, alpha
     shadow: Pixels  # [h, w], 0…1
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Rendered:
     """Paint a scene. `rng` decides what no caption mentions: the backdrop's window, light, hue and grain."""
-    canvas = _backdrop(scene.background, rng)  # [SIDE, SIDE, 3]
+    canvas = _backdrop(scene.background, rng)  # [3, SIDE, SIDE]
     covers = []
     for thing in scene.things:
         layer = _layer(thing, template(thing.shape, thing.texture, thing.size))
         _paste(canvas, thing, layer, rng)
         alpha = np.zeros((SIDE, SIDE), dtype=np.float32)
-        alpha[layer.window] = layer.bands[..., 3]
+        alpha[layer.window] = layer.bands[3]
         covers.append(alpha > 0.5)
-    canvas *= _illumination(rng)[..., None]
-    canvas += 2.0 * rng.standard_normal((SIDE, SIDE, 1), dtype=np.float32)
-    image = Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8))
+    canvas *= _illumination(rng)
+    canvas += 2.0 * rng.standard_normal((SIDE, SIDE), dtype=np.float32)
+    image = Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0).copy())
     return Rendered(image, *_sight(covers))
 
 
 def _backdrop(background: str, rng: np.random.Generator) -> Pixels:
-    """A window of one of the background's plates, perhaps mirrored, slightly recoloured: [SIDE, SIDE, 3] float32."""
+    """A window of one of the background's plates, perhaps mirrored, slightly recoloured: [3, SIDE, SIDE] float32."""
     source = plate(background, int(rng.integers(PLATES)))
     top, left = rng.integers(0, PLATE - SIDE + 1, 2)
-    window = source[top : top + SIDE, left : left + SIDE]
+    window = source[:, top : top + SIDE, left : left + SIDE]
     if rng.random() < 0.5:
-        window = window[:, ::-1]
-    return window * rng.uniform(0.94, 1.06, 3).astype(np.float32)
+        window = window[:, :, ::-1]
+    return window * rng.uniform(0.94, 1.06, (3, 1, 1)).astype(np.float32)
 
 
 def _layer(thing: Thing, art: Template) -> _Layer:
@@ -82,20 +82,21 @@ def _layer(thing: Thing, art: Template) -> _Layer:
         ox, oy = left - x - dx, top - y - dy
         matrix = (a, b, centre + a * ox + b * oy, d, e, centre + d * ox + e * oy)
         out = source.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-        return np.asarray(out, dtype=np.float32) * np.float32(1 / 255)
+        planes = [out] if out.mode == "L" else out.split()
+        return np.stack([np.asarray(plane) for plane in planes]).astype(np.float32) * np.float32(1 / 255)
 
     window = (slice(top, bottom), slice(left, right))
-    return _Layer(window, mapped(art.bands, 0, 0), mapped(art.shadow, 0.16 * half, 0.2 * half))
+    return _Layer(window, mapped(art.bands, 0, 0), mapped(art.shadow, 0.16 * half, 0.2 * half)[0])
 
 
 def _paste(canvas: Pixels, thing: Thing, layer: _Layer, rng: np.random.Generator) -> None:
     """Lay the thing's shadow and then the thing onto the canvas, in place."""
     base = np.asarray(COLOURS[thing.colour], dtype=np.float32) + rng.uniform(-7, 7, 3).astype(np.float32)
     second = np.asarray(_SECOND.get(thing.colour, (250, 248, 242)), dtype=np.float32)
-    under = canvas[layer.window]
-    under *= (1 - 0.5 * layer.shadow)[..., None]
-    pattern, shade, gloss, alpha = (layer.bands[..., k, None] for k in range(4))
-    paint = (base + (second - base) * pattern) * (1.4 * shade)
+    under = canvas[:, *layer.window]  # [3, h, w], a view
+    under *= 1 - 0.5 * layer.shadow
+    pattern, shade, gloss, alpha = layer.bands
+    paint = (base[:, None, None] + (second - base)[:, None, None] * pattern) * (1.4 * shade)
     paint += (255 - paint) * gloss
     under += (np.minimum(paint, 255) - under) * alpha
 

@@ -69,6 +69,8 @@ def embedded_scenes(config: recipe.Scenes, on_progress: Progress | None = None) 
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (out / "captions.jsonl").is_file():
+            for left_over in cache.glob(f".{out.name}.*"):  # of a rendering that was killed
+                shutil.rmtree(left_over, ignore_errors=True)
             render_scenes(out, config.train, config.test, config.seed, on_progress=on_progress)
     return out
 
