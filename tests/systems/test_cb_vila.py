@@ -261,7 +261,7 @@ def test_single_pairs_and_equal_ids_survive() -> None:
         pairs.image_ids = torch.zeros_like(pairs.image_ids)
         output = model(pairs, progress())
         assert all(torch.isfinite(loss) for loss in output.losses.values())
-        assert output.metrics["itm_skipped"] == 2 * len(pairs)
+        assert output.metrics["itm_skipped"] == 3 * len(pairs)
 
 
 def test_reconstruction_shows_the_true_picture_where_nothing_is_masked() -> None:
@@ -323,6 +323,6 @@ def test_every_tensor_is_made_on_the_inputs_device() -> None:
         tracker.last_used = torch.empty(CODES, dtype=torch.int64, device="cuda")
         fields = (pairs.images, pairs.input_ids, pairs.attention_mask, pairs.image_ids)
         moved = Batch(*(torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in fields))
-        output = model(moved, Progress(5, 10, 4.0))
+        output = model(moved, progress())
     assert mode is not None
     assert {value.device.type for value in (output.losses | output.metrics).values()} == {"cuda"}

@@ -7,10 +7,8 @@ caption, crop and augmentation of (seed, epoch, sample id). Workers are given wh
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +20,7 @@ from vlscale.config import Data
 from vlscale.data.images import ImageError, eval_transform, load_image, train_transform
 from vlscale.data.sample import Batch, Sample
 from vlscale.data.text import TextTokenizer
+from vlscale.data.workers import context, start_worker, warm_up
 from vlscale.errors import UserError
 
 MAX_REPLACEMENTS = 1000
@@ -102,8 +101,7 @@ class Stream:
         self._dataset = _TrainingBatches(samples, data, tokenizer, seed, self._order)
         self._workers = workers
         if workers:
-            _context()
-            forkserver.ensure_running()  # takes seconds to import torch: time for the caller to build its engine
+            warm_up()  # the caller builds its engine meanwhile
         self._running: Iterator[Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -242,27 +240,11 @@ def _loader(dataset: Dataset[Any], positions: Iterator[list[int]], workers: int)
         batch_sampler=positions,
         collate_fn=_as_it_is,
         num_workers=workers,
-        multiprocessing_context=_context() if workers else None,
-        worker_init_fn=_start_worker,
+        multiprocessing_context=context() if workers else None,
+        worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from the global one, and the run depends on it
     )
-
-
-def _context() -> Any:
-    """Workers fork from a server that has only imported this module.
-
-    Forking the training process itself would copy its OpenMP pool, gloo's threads and a CUDA context, all of which may
-    hang a child; spawning imports torch once per worker.
-    """
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def _start_worker(_: int) -> None:
-    # One process, one core: torch's threads are limited by the loader, the tokenizer's pool is not.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _as_it_is(item: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ def import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives that torch 2.14 has renamed; every rank would say so.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Shared memory collectives of CPU inference. DeepSpeed keeps this dict for such edits (`ops/__init__.py`).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

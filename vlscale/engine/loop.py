@@ -191,7 +191,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float | int]:
         "epoch": state.step / run.stream.steps_per_epoch,
         **values,
         "lr": rate,
-        "grad_norm": float(run.engine.get_global_grad_norm()),
+        **_gradient_facts(run),
         "images_per_s": run.plan.global_batch / (time.monotonic() - began),
     }
     _note_troubles(run, tally, row, applied)
@@ -230,6 +230,23 @@ def _seed_draws(*keys: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(draw_seed("choices", *keys))
 
 
+def _gradient_facts(run: Run) -> dict[str, float]:
+    """Norm of the unscaled gradient before clipping (inf in a skipped step), and the scale of native fp16."""
+    norm = run.engine.get_global_grad_norm()
+    facts = {} if norm is None else {"grad_norm": float(norm)}
+    if run.state.precision == "fp16":
+        facts["loss_scale"] = float(run.engine.optimizer.loss_scale)
+    return facts
+
+
+def _at_floor(run: Run) -> str:
+    """The alarm of native fp16: the scale can't be lowered any more."""
+    scaler = getattr(run.engine.optimizer, "loss_scaler", None)
+    if run.state.precision != "fp16" or scaler.cur_scale > getattr(scaler, "min_scale", 0):
+        return ""
+    return f"; the loss scale is at its floor {scaler.cur_scale}: lower train.lr, or use bfloat16"
+
+
 def _note_troubles(run: Run, tally: Tally, row: dict[str, float | int], applied: bool) -> None:
     """Count skipped steps and images, and name them."""
     state = run.state
@@ -244,7 +261,7 @@ def _note_troubles(run: Run, tally: Tally, row: dict[str, float | int], applied:
         state.skipped_steps += 1
         state.bad_in_a_row += 1
         what = tally.non_finite(row) or "the gradient"
-        run.say(f"step {state.step}: {what} is not finite: skipped, {state.bad_in_a_row} in a row")
+        run.say(f"step {state.step}: {what} is not finite: skipped, {state.bad_in_a_row} in a row{_at_floor(run)}")
     row["skipped_images"], row["skipped_steps"] = state.skipped_images, state.skipped_steps
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 INK = (34, 40, 49)
 FAINT = (120, 128, 138)
 PAPER = (255, 255, 255)
-OUTSIDE = (236, 238, 241)
-"""Shown where the context of a patch reaches over the image's border."""
 OUTLINE = (255, 45, 85)
 REACH = 2
 """Patches of context on every side."""
@@ -25,20 +22,22 @@ REACH = 2
 
 def enlarge(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bicubic where the enlargement is mild, else in two steps so that single pixels stay visible as soft squares."""
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(np.ascontiguousarray(pixels))
     if height >= 4 * image.height:
         image = image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def context_of(image: np.ndarray, grid: tuple[int, int], cell: int) -> np.ndarray:
-    """The patch of a cell in the middle of its `REACH` patches of surroundings, [(2·REACH + 1)·p, …, 3]."""
-    height, width = image.shape[0] // grid[0], image.shape[1] // grid[1]
+def window_of(grid: tuple[int, int], cell: int) -> tuple[slice, slice]:
+    """Rows and columns of cells around a cell: `REACH` on every side, moved inward at the image's border."""
+
+    def span(place: int, length: int) -> slice:
+        size = min(2 * REACH + 1, length)
+        start = min(max(0, place - REACH), length - size)
+        return slice(start, start + size)
+
     row, column = divmod(cell, grid[1])
-    pad = ((REACH * height,) * 2, (REACH * width,) * 2)
-    padded = np.stack([np.pad(image[..., c], pad, constant_values=OUTSIDE[c]) for c in range(3)], axis=-1)
-    top, left = row * height, column * width
-    return padded[top : top + (2 * REACH + 1) * height, left : left + (2 * REACH + 1) * width]
+    return span(row, grid[0]), span(column, grid[1])
 
 
 def patch_of(image: np.ndarray, grid: tuple[int, int], cell: int) -> np.ndarray:
@@ -50,10 +49,15 @@ def patch_of(image: np.ndarray, grid: tuple[int, int], cell: int) -> np.ndarray:
 
 def context_tile(image: np.ndarray, grid: tuple[int, int], cell: int, size: int) -> Image.Image:
     """A patch outlined in its surroundings, size × size."""
-    tile = Image.fromarray(enlarge(context_of(image, grid, cell), size, size))
-    edge = size / (2 * REACH + 1)
-    box = [round(REACH * edge) - 1, round(REACH * edge) - 1, round((REACH + 1) * edge), round((REACH + 1) * edge)]
-    ImageDraw.Draw(tile).rectangle(box, outline=OUTLINE, width=2)
+    height, width = image.shape[0] // grid[0], image.shape[1] // grid[1]
+    rows, columns = window_of(grid, cell)
+    crop = image[rows.start * height : rows.stop * height, columns.start * width : columns.stop * width]
+    tile = Image.fromarray(enlarge(crop, size, size))
+    row, column = divmod(cell, grid[1])
+    down, right = size / (rows.stop - rows.start), size / (columns.stop - columns.start)
+    top, left = (row - rows.start) * down, (column - columns.start) * right
+    corners = [round(left), round(top), round(left + right) - 1, round(top + down) - 1]
+    ImageDraw.Draw(tile).rectangle(corners, outline=OUTLINE, width=2)
     return tile
 
 
@@ -176,7 +180,7 @@ def usage_histogram(counts: np.ndarray, perplexity: float, path: Path) -> None:
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write a PNG, atomically."""
     temporary = path.with_name(path.name + ".tmp")
-    picture.save(temporary, format="PNG", optimize=True)
+    picture.save(temporary, format="PNG", compress_level=4)
     temporary.replace(path)
 
 
@@ -186,9 +190,11 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _wrap(line: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break at spaces so that each part fits; a single longer word is cut."""
-    letters = max(4, int(width / (font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27)))
-    parts = textwrap.wrap(line, letters) or [""]
-    if any(font.getlength(part) > width for part in parts):
-        parts = textwrap.wrap(line, max(4, round(letters * 0.85)))
-    return parts
+    """Break at spaces so that each part fits; a longer word stands alone and is cut by the picture's edge."""
+    parts: list[str] = []
+    for word in line.split():
+        if parts and font.getlength(f"{parts[-1]} {word}") <= width:
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    return parts or [""]

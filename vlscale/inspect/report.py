@@ -34,7 +34,7 @@ figure img { border: 1px solid #e4e7eb; border-radius: 6px; background: #fff; }
 .numbers span { color: #687280; font-size: .85rem; }
 table { border-collapse: collapse; font-size: .92rem; } th { text-align: left; font-weight: 600; color: #4a5360; }
 th, td { padding: .28rem 1rem .28rem 0; border-bottom: 1px solid #eceff2; vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } a { color: #1f5fa8; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } a { color: #1f5fa8; }
 .faint { color: #7b8591; } details { margin: .8rem 0; } code { font-size: .9em; overflow-wrap: anywhere; }
 .code { border-top: 1px solid #eceff2; padding-top: .4rem; }
 """
@@ -173,8 +173,8 @@ def _code_table(section: dict[str, Any]) -> str:
         row = [label, f"{code['count']:,}", f"{100 * code['share']:.2f} %"]
         rows.append(row + [_shares(code["words"])] * worded + [_shares(code["tags"])] * tagged)
     note = (
-        "<p>In whose boxes the centres of a code's patches fall most (the smallest box that holds them), "
-        "and how common that is among all patches.</p>"
+        "<p>In whose boxes the centres of a code's patches fall (the smallest box that holds them) more often than "
+        "patches do everywhere; the largest excess first.</p>"
     )
     return (note if tagged else "") + table(header, rows, [True, True, True, False, False][: len(header)])
 

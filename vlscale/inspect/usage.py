@@ -199,7 +199,10 @@ class TagTable:
         self._everywhere = self._frequencies(self.cells.flatten())
 
     def of(self, codes: np.ndarray, code: int, top: int = 3) -> tuple[list[TagShare], list[TagShare]]:
-        """Most frequent tags and words of a code; codes [I, N]. `no box` counts as a tag; empty without boxes."""
+        """Tags and words that a code shows more than other codes do, the largest excess first; codes [I, N].
+
+        `no box` counts as a tag; both lists are empty where no sample has boxes.
+        """
         if not self.tags:
             return [], []
         own = self._frequencies(self.cells[codes == code])
@@ -219,5 +222,5 @@ class TagTable:
 
 
 def _largest(names: list[str], own: np.ndarray, everywhere: np.ndarray, top: int) -> list[TagShare]:
-    best = [index for index in np.argsort(-own, kind="stable")[:top] if own[index] > 0]
+    best = [index for index in np.argsort(everywhere - own, kind="stable")[:top] if own[index] > everywhere[index]]
     return [TagShare(names[index], float(own[index]), float(everywhere[index])) for index in best]

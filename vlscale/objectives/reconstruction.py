@@ -52,5 +52,6 @@ def code_accuracy(logits: Tensor, codes: Tensor) -> Tensor:
 
 
 def gumbel_noise(rows: int, codes: int, generator: torch.Generator | None = None) -> Tensor:
-    """[rows, codes] float32 of −log(Exp(1)) on the CPU (Jang et al. 2017, section 2.1)."""
-    return torch.empty(rows, codes).exponential_(generator=generator).log_().neg_()
+    """[rows, codes] float32 of −log(−log U) on the CPU (Jang et al. 2017, section 2.1)."""
+    uniform = torch.rand(rows, codes, generator=generator).clamp_(min=torch.finfo(torch.float32).tiny)
+    return uniform.log_().neg_().log_().neg_()

@@ -26,7 +26,7 @@ from vlscale.objectives import patches
 from vlscale.objectives.codebook import codebook_loss
 from vlscale.objectives.contrastive import clamped_temperature, in_batch_itc, similarities
 from vlscale.objectives.masking import gather_masked, mask_tokens, masked_accuracy, masking_capacity, mlm_loss
-from vlscale.objectives.matching import draw_negatives, itm_accuracy, itm_loss
+from vlscale.objectives.matching import draw_negatives, itm_accuracy, itm_loss, valid_rows
 from vlscale.objectives.reconstruction import code_accuracy, gumbel_noise, mim_loss, normalize_patches, pixel_loss
 from vlscale.systems.protocol import Choices, Codebook, ImageStates, Progress, Reconstruction, StepOutput, TextStates
 
@@ -171,7 +171,7 @@ class CbVila(nn.Module):
         context = concat_context(pairs.context, select_context(pairs.context, images), pairs.context)
         fused = self.fusion_encoder(queries, mask, context, cls_only=True)
         logits = self.match_logits(fused)
-        valid = torch.cat([torch.ones_like(drawn.images_valid), drawn.images_valid, drawn.texts_valid])
+        valid = valid_rows(drawn)
         losses["itm"] = itm_loss(logits, valid)
         metrics["itm_accuracy"] = itm_accuracy(logits, valid)
         metrics["itm_skipped"] = (~valid).sum().float()

@@ -25,7 +25,7 @@ from vlscale.data.sample import Batch, Sample
 from vlscale.data.stream import evaluation_batches
 from vlscale.data.text import TextTokenizer
 from vlscale.interop.run import load_run, run_samples
-from vlscale.objectives.matching import draw_negatives, itm_accuracy
+from vlscale.objectives.matching import draw_negatives, itm_accuracy, valid_rows
 from vlscale.objectives.patches import draw_patch_mask
 from vlscale.objectives.reconstruction import mim_loss
 from vlscale.systems.protocol import System, TextStates
@@ -142,7 +142,7 @@ def _probe_matching(system: System, batch: Batch, generator: torch.Generator, su
     pick = [TextStates(*(value[index] for value in text)) for index in (slice(None), slice(None), drawn.texts)]
     sources = [image, type(image)(*(value[drawn.images] for value in image)), image]
     logits = torch.cat([system.match_logits(system.fuse(t, i)) for t, i in zip(pick, sources, strict=True)])
-    valid = torch.cat([torch.ones_like(drawn.images_valid), drawn.images_valid, drawn.texts_valid])
+    valid = valid_rows(drawn)
     sums.add("itm", itm_accuracy(logits, valid).item(), valid.sum().item())
 
 

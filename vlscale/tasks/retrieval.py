@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.table import Table
@@ -70,7 +70,7 @@ def run_retrieval(
     run = load_run(source)
     split_name, samples = run_samples(run, data, split, image_root)
     result = evaluate_retrieval(
-        run.system,
+        cast(System, run.system),
         samples,
         run.recipe,
         run.tokenizer,

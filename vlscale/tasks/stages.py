@@ -125,7 +125,8 @@ def score_pairs(
     done = 0
     for image, count in zip(_each_image(system, images, precision, again), wanted, strict=True):
         rows = slice(done, done + count)
-        logits[rows] = _score_image(system, image, texts, keys[rows] % captions, precision)
+        if count:
+            logits[rows] = _score_image(system, image, texts, keys[rows] % captions, precision)
         done += count
         on_progress("re-ranking", done, len(keys))
     if not logits.isfinite().all():
