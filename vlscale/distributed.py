@@ -49,7 +49,8 @@ def complete_environment(environment: Any) -> None:
     if "RANK" not in environment and "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
         for name, slurm in _SLURM.items():
             environment[name] = environment[slurm]
-        environment.setdefault("MASTER_ADDR", _first_slurm_host(environment))
+        if "MASTER_ADDR" not in environment:
+            environment["MASTER_ADDR"] = _first_slurm_host(environment)
         # Every task of a job derives the same port, two jobs on one host hardly ever do.
         environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
     world = int(environment.setdefault("WORLD_SIZE", "1"))

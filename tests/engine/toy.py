@@ -36,12 +36,13 @@ class ToySystem(nn.Module):
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.average = self.image.weight.detach().clone()
         self.pushed = torch.zeros(())
+        self.dropout = 0.1
         self.revive_rows: Tensor | None = None
         self.poison: dict[int, float] = {}
         """Value added to `itc` at a step (counted from 0)."""
 
     def forward(self, batch: Batch, progress: Progress, choices: Choices | None = None) -> StepOutput:
-        image = F.normalize(self.norm(F.dropout(self.image(batch.images.flatten(1)), 0.1)).float(), dim=-1)
+        image = F.normalize(self.norm(F.dropout(self.image(batch.images.flatten(1)), self.dropout)).float(), dim=-1)
         words = self.text(batch.input_ids) * batch.attention_mask.unsqueeze(-1)
         text = F.normalize(words.sum(1).float(), dim=-1)
         noise = torch.randn(image.shape, generator=progress.generator).to(image) * 0.01
