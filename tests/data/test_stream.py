@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +212,47 @@ def test_evaluation_leaves_unreadable_images_out_and_names_them(samples: list[Sa
     assert (first.image_ids.tolist(), first.skipped) == ([0], ["nowhere.png: no such file"])
     assert (len(second), second.images.shape, len(second.skipped)) == (0, (0, 3, 16, 16), 2)
     assert third.image_ids.tolist() == [4]
+
+
+def test_workers_outlive_warnings_but_not_the_training(tmp_path: Path) -> None:
+    code = """
+import itertools, sys, time
+from pathlib import Path
+import torch
+from tests.data.corpus import make_samples
+from tests.data.test_stream import stream
+if __name__ == "__main__":
+    source = stream(make_samples(Path(sys.argv[1]), 3), workers=1)
+    batches = iter(source)
+    next(batches)
+    print(*(child.pid for child in torch.multiprocessing.active_children()), flush=True)
+    for line in sys.stdin:
+        print(len(list(itertools.islice(batches, 9))), flush=True)
+"""
+    script = tmp_path / "train.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen([sys.executable, str(script), str(tmp_path)], **pipes) as training:
+        assert training.stdin is not None
+        assert training.stdout is not None
+        worker = int(training.stdout.readline())
+        server = int(Path(f"/proc/{worker}/stat").read_text().split()[3])
+        for process in (worker, server):
+            os.kill(process, signal.SIGUSR1)
+        os.kill(worker, signal.SIGINT)
+        training.stdin.write("go on\n")
+        training.stdin.flush()
+        assert training.stdout.readline() == "9\n"
+        training.kill()
+    deadline = time.monotonic() + 30
+    while _running(worker) or _running(server):
+        assert time.monotonic() < deadline, "a loader process outlives the training"
+        time.sleep(0.05)
+
+
+def _running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
