@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,8 @@ import typer
 
 from . import launch, terminal
 from .pretrain import DEFAULT_RECIPE
+
+SUMMARY = "first-run.json"
 
 
 def first_run(
@@ -24,17 +28,19 @@ def first_run(
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
 ) -> None:
     """Render the embedded data, pre-train, evaluate and draw the pictures; ends with one table."""
-    if (out / "codebook" / "index.html").is_file():
+    summary = out / SUMMARY
+    if not summary.is_file():
+        clock = Clock()
+        with clock.part("rendering the data"):
+            _render(recipe, overrides or [])
+        with clock.part("pre-training"):
+            _pretrain(recipe, out, overrides or [], threads)
+        launch.set_threads(threads, 1)
+        files = _evaluate(str(out), clock)
+        _write(summary, {"files": {name: str(path) for name, path in files.items()}, "seconds": clock.seconds})
+    else:
         print(f"{out} holds a finished first run; remove the folder to start over")
-        return
-    clock = Clock()
-    with clock.part("rendering the data"):
-        _render(recipe, overrides or [])
-    with clock.part("pre-training"):
-        _pretrain(recipe, out, overrides or [], threads)
-    launch.set_threads(threads, 1)
-    results = _evaluate(str(out), clock)
-    _report(out, results, clock)
+    _report(out, json.loads(summary.read_text(encoding="utf-8")))
 
 
 @dataclass
@@ -64,11 +70,12 @@ def _render(recipe: str, overrides: list[str]) -> None:
 
     data = load_recipe(recipe, overrides).data
     if data.path is None:
-        print(embedded_scenes(data.scenes))
+        with terminal.progress() as report:
+            print(embedded_scenes(data.scenes, partial(report, "scenes")))
 
 
 def _pretrain(recipe: str, out: Path, overrides: list[str], threads: int | None) -> None:
-    """In processes of its own, so that a second rank or a dying engine cannot disturb what follows."""
+    """In processes of its own, as `vlscale pretrain` runs: what follows starts with all memory free again."""
     arguments = ["pretrain", recipe, "--out", str(out), "--resume", "auto"]
     for pair in overrides:
         arguments += ["--set", pair]
@@ -80,28 +87,61 @@ def _pretrain(recipe: str, out: Path, overrides: list[str], threads: int | None)
 
 
 def _evaluate(run: str, clock: Clock) -> dict[str, Path]:
+    """Result file, page or picture of each part."""
     from vlscale.inspect.codebook import inspect_codebook
     from vlscale.inspect.reconstructions import inspect_reconstructions
     from vlscale.tasks.objectives import run_objectives
     from vlscale.tasks.retrieval import run_retrieval
 
-    parts = {
+    parts: dict[str, Callable[[], Path]] = {
         "retrieval": lambda: run_retrieval(run),
         "objectives": lambda: run_objectives(run),
         "codebook": lambda: inspect_codebook(run, show_patches=True),
         "reconstructions": lambda: inspect_reconstructions(run),
     }
-    results = {}
+    files = {}
     for name, work in parts.items():
         with clock.part(name):
-            results[name] = work()
-    return results
+            files[name] = work()
+    return files
 
 
-def _report(out: Path, results: dict[str, Path], clock: Clock) -> None:
-    rows: list[tuple[str, Any]] = [("run", out), *results.items()]
-    for name in ("retrieval", "objectives"):
-        metrics = json.loads(results[name].read_text(encoding="utf-8"))["metrics"]
-        rows += [(key, value) for key, value in metrics.items()]
-    rows += [(f"seconds {name}", round(seconds, 1)) for name, seconds in clock.seconds.items()]
-    terminal.print_table("first run", rows)
+def _write(path: Path, value: dict[str, Any]) -> None:
+    from vlscale.interop.layout import write_json
+
+    write_json(path, value)
+
+
+def _report(out: Path, summary: dict[str, Any]) -> None:
+    files = {name: Path(path) for name, path in summary["files"].items()}
+    seconds = {f"seconds, {name}": round(value, 1) for name, value in summary["seconds"].items()}
+    terminal.print_table(
+        "first run",
+        [("run", out), *files.items()],
+        _recalls(_metrics(files["retrieval"])),
+        _metrics(files["objectives"]).items(),
+        _codebooks(files["codebook"].with_name("codebook.json")),
+        [*seconds.items(), ("seconds, all", round(sum(summary["seconds"].values()), 1))],
+    )
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text(encoding="utf-8"))["metrics"]
+
+
+def _recalls(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
+    """Recalls of every score that was computed, three to a line."""
+    for score, prefix in (("first stage", "itc_"), ("re-ranked by ITM", ""), ("ITM + first stage", "sum_")):
+        if f"{prefix}rsum" not in metrics:
+            continue
+        for way, key in (("text → image", "t2i"), ("image → text", "i2t")):
+            values = " / ".join(f"{metrics[f'{prefix}{key}_r{k}']:.1f}" for k in (1, 5, 10))
+            yield f"{score}, {way} R@1 / 5 / 10", values
+        yield f"{score}, RSUM", f"{metrics[f'{prefix}rsum']:.1f}"
+
+
+def _codebooks(path: Path) -> Iterator[tuple[str, str]]:
+    """Perplexity and dead codes over the held-out images."""
+    for name, book in json.loads(path.read_text(encoding="utf-8"))["codebooks"].items():
+        yield f"{name}, perplexity", f"{book['perplexity']:.1f}"
+        yield f"{name}, codes never chosen", f"{len(book['dead'])} of {book['size']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,6 +60,8 @@ def pretrain(
         return
     launch.settle(world)
     threads = launch.set_threads(threads, world)
+    # DeepSpeed calls what torch has deprecated; whoever trains can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from vlscale.engine.loop import pretrain as run
 
     folder = out or Path("runs") / resolved.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +15,17 @@ if TYPE_CHECKING:
     from vlscale.config import Recipe
 
 
-def print_table(title: str, rows: Iterable[tuple[str, Any]]) -> None:
-    """Print a table of names and values."""
-    print_rich(_table(title, rows))
+def print_table(title: str, *sections: Iterable[tuple[str, Any]]) -> None:
+    """Print a table of names and values, with a line between sections."""
+    print_rich(_table(title, *sections))
 
 
 def print_rich(table: Table) -> None:
     """Print a table that someone else made."""
     from rich.console import Console
 
-    Console().print(table)
+    # A log has no width: rich would take 80 columns and break paths.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def print_description(description: Mapping[str, Any]) -> None:
@@ -91,13 +93,15 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
-def _table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
+def _table(title: str, *sections: Iterable[tuple[str, Any]]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title.replace("_", " "), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for key, value in rows:
-        table.add_row(escape(str(key)), escape(format_value(value)))
+    for rows in sections:
+        for key, value in rows:
+            table.add_row(escape(str(key)), escape(format_value(value)))
+        table.add_section()
     return table

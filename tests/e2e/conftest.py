@@ -11,22 +11,45 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.small import SMALL, render_small, settings
+from vlscale.cli.main import main
 
 Vlscale = Callable[..., subprocess.CompletedProcess[str]]
+Here = Callable[..., int]
 STEPS = 6
 
 
 @pytest.fixture(scope="session")
-def vlscale() -> Vlscale:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's cache, empty at first."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def vlscale(cache: Path) -> Vlscale:
     """Run the installed command in a process of its own, as a user does, one thread per rank."""
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launched}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1", "VLSCALE_CACHE": str(cache)}
     command = str(Path(sys.executable).parent / "vlscale")
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         words = [command, *map(str, arguments)]
         return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    return run
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Here:
+    """Run the command line in this process and get its exit code: torch need not be imported again."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("VLSCALE_CACHE", str(cache))
+
+    def run(*arguments: str | Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["vlscale", *map(str, arguments)])
+        return main()
 
     return run
 
@@ -38,10 +61,17 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(vlscale: Vlscale, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of the default recipe, made small."""
-    out = tmp_path_factory.mktemp("runs") / "trained"
-    arguments = ["pretrain", "--data", scenes, "--out", out, *settings(SMALL["cb_vila_tiny"])]
-    result = vlscale(*arguments, "--set", f"train.max_steps={STEPS}")
+def first_run(vlscale: Vlscale, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str | Path], str]:
+    """The whole path as `make pretrain` walks it, small: run folder, command and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "first-run"
+    sizes = {**SMALL["cb_vila_tiny"], "data.scenes": "{train: 24, test: 8}", "train.max_steps": str(STEPS)}
+    command: list[str | Path] = ["first-run", "--out", out, *settings(sizes)]
+    result = vlscale(*command)
     assert result.returncode == 0, result.stdout + result.stderr
-    return out
+    return out, command, result.stdout
+
+
+@pytest.fixture(scope="session")
+def trained(first_run: tuple[Path, list[str | Path], str]) -> Path:
+    """The folder of a finished run of the default recipe, made small, on the embedded scenes."""
+    return first_run[0]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
-import pytest
-
-from vlscale.cli.main import main
 from vlscale.data.scenes import render_scenes
 
 _SIZES = {
@@ -51,12 +47,3 @@ def settings(overrides: dict[str, str]) -> list[str]:
 def render_small(out: Path) -> Path:
     """Scenes for a run of a few steps."""
     return render_scenes(out, train=24, test=8, seed=0, workers=1)
-
-
-def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command line in this process: what has imported torch once need not import it again."""
-    monkeypatch.setattr(sys, "argv", ["vlscale", *arguments])
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return main()

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.small import run_here
+from tests.e2e.conftest import Here
 from vlscale.config import load_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_is_described(
-    name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    name: str, here: Here, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_here(monkeypatch, "pretrain", name, "--dry-run", "--nproc", "2", "--set", "train.seed=7") == 0
+    assert here("pretrain", name, "--dry-run", "--nproc", "2", "--set", "train.seed=7") == 0
     printed = capfd.readouterr().out
     tables, _, recipe = printed.partition("\nname: ")
     assert yaml.safe_load(f"name: {recipe}") == load_recipe(name, ["train.seed=7"]).model_dump(mode="json")

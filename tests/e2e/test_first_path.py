@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import STEPS, Vlscale
-from tests.e2e.small import SMALL, run_here, settings
+from tests.e2e.conftest import STEPS, Here, Vlscale
+from tests.e2e.small import SMALL, settings
 from vlscale.interop import layout
 
 pytestmark = pytest.mark.xdist_group("e2e")
@@ -25,6 +25,22 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 
 def losses_of(run: Path) -> list[float]:
     return [row["loss"] for row in metrics_of(run)]
+
+
+def test_the_first_run_ends_with_one_table(
+    first_run: tuple[Path, list[str | Path], str], vlscale: Vlscale, cache: Path
+) -> None:
+    out, command, printed = first_run
+    table = printed[printed.rindex("first run") :]
+    for expected in ("retrieval.json", "index.html", "first stage", "itm_accuracy", "perplexity", "seconds, all"):
+        assert expected in table
+    for name in ("eval/retrieval.json", "eval/objectives.json", "codebook/index.html", "codebook/reconstructions.png"):
+        assert (out / name).is_file()
+    again = vlscale(*command)
+    assert again.returncode == 0, again.stderr
+    assert "remove the folder to start over" in again.stdout
+    assert again.stdout[again.stdout.rindex("first run") :] == table
+    assert len(list(cache.glob("scenes-*/captions.jsonl"))) == 1
 
 
 def test_a_run_leaves_what_the_manual_promises(trained: Path) -> None:
@@ -48,10 +64,8 @@ def test_a_finished_run_has_nothing_to_resume(vlscale: Vlscale, trained: Path) -
     assert metrics_of(trained) == before
 
 
-def test_retrieval_is_evaluated(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert run_here(monkeypatch, "eval", "retrieval", "--from", str(trained)) == 0
+def test_retrieval_is_evaluated(trained: Path, here: Here, capfd: pytest.CaptureFixture[str]) -> None:
+    assert here("eval", "retrieval", "--from", trained) == 0
     result = json.loads((trained / "eval" / "retrieval.json").read_text())
     assert result["task"] == "retrieval"
     ways = [f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)]
@@ -62,33 +76,29 @@ def test_retrieval_is_evaluated(
     assert str(trained / "eval" / "retrieval.json") in capfd.readouterr().out.replace("\n", "")
 
 
-def test_a_checkpoint_and_other_data_can_be_named(
-    trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_and_other_data_can_be_named(trained: Path, scenes: Path, tmp_path: Path, here: Here) -> None:
     checkpoint, out = trained / "checkpoints" / "step-00000004", tmp_path / "result.json"
-    options = ["--data", str(scenes / "captions.jsonl"), "--split", "train", "--rerank", "2", "--out", str(out)]
-    assert run_here(monkeypatch, "eval", "retrieval", "--from", str(checkpoint), *options) == 0
+    options = ["--data", str(scenes), "--split", "train", "--rerank", "2", "--out", str(out)]
+    assert here("eval", "retrieval", "--from", checkpoint, *options) == 0
     card = json.loads(out.read_text())["protocol"]
     assert (card["split"], card["rerank"], card["images"]) == ("train", 2, 24)
 
 
-def test_objectives_are_probed(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_here(monkeypatch, "eval", "objectives", "--from", str(trained)) == 0
+def test_objectives_are_probed(trained: Path, here: Here) -> None:
+    assert here("eval", "objectives", "--from", trained) == 0
     metrics = json.loads((trained / "eval" / "objectives.json").read_text())["metrics"]
     assert {"itm_accuracy", "mlm_content_gap", "mim_below_entropy", "mim_shuffle_rise"} <= set(metrics)
 
 
-def test_the_codebook_becomes_a_page(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_here(monkeypatch, "codebook-inspect", str(trained), "--show-patches", "--codes", "4") == 0
+def test_the_codebook_becomes_a_page(trained: Path, here: Here) -> None:
+    assert here("codebook-inspect", trained, "--show-patches", "--codes", "4") == 0
     page = trained / "codebook" / "index.html"
     assert "perplexity" in page.read_text().lower()
     assert list((trained / "codebook").rglob("*.png"))
 
 
-def test_reconstructions_become_a_picture(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert run_here(monkeypatch, "inspect", "reconstructions", str(trained), "--count", "2") == 0
+def test_reconstructions_become_a_picture(trained: Path, here: Here, capfd: pytest.CaptureFixture[str]) -> None:
+    assert here("inspect", "reconstructions", trained, "--count", "2") == 0
     picture = Path(capfd.readouterr().out.strip().splitlines()[-1])
     with Image.open(picture) as image:
         assert min(image.size) >= 32

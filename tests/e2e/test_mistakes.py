@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Vlscale
-from tests.e2e.small import SMALL, run_here, settings
+from tests.e2e.conftest import Here, Vlscale
+from tests.e2e.small import SMALL, settings
 
 MISTAKES = {
     "unknown recipe": (["pretrain", "no_such"], "cb_vila_tiny"),
@@ -40,10 +40,15 @@ def assert_one_line(error: str, hint: str) -> None:
 
 @pytest.mark.parametrize(("arguments", "hint"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_line(
-    arguments: list[str], hint: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: list[str],
+    hint: str,
+    here: Here,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_here(monkeypatch, *arguments) == 2
+    assert here(*arguments) == 2
     assert_one_line(capfd.readouterr().err, hint)
     assert not list(tmp_path.iterdir())
 

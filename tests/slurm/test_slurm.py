@@ -33,23 +33,25 @@ def submit(cluster: Cluster, log: Path, *arguments: str) -> int:
     return cluster.run("sbatch", *request, "slurm/pretrain.sh", *arguments, check=False, cwd=ROOT).returncode
 
 
-def steps_logged(run: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def losses_of(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_job_runs_one_rank_per_task_and_the_next_one_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_runs_one_rank_per_task_and_goes_on_when_requeued(cluster: Cluster, tmp_path: Path) -> None:
     data, run, log = render_small(tmp_path / "scenes"), tmp_path / "run", tmp_path / "job.log"
     arguments = ["cb_vila_tiny", "--data", str(data), "--out", str(run), *settings(SMALL["cb_vila_tiny"])]
+    arguments += ["--set", "train.max_steps=3"]
 
-    assert submit(cluster, log, *arguments, "--set", "train.max_steps=3") == 0, log.read_text()
+    assert submit(cluster, log, *arguments) == 0, log.read_text()
     assert "2 ranks on node[1-2]" in log.read_text()
-    steps = steps_logged(run)
-    assert len(steps) == 3
+    losses = losses_of(run)
+    assert len(losses) == 3
 
-    assert submit(cluster, log, *arguments, "--set", "train.max_steps=5") == 0, log.read_text()
-    again = steps_logged(run)
-    assert again[:3] == steps
-    assert len(again) == 5
+    # As if the job had died in its last save: the marker is written last.
+    (run / "checkpoints" / "step-00000003" / "COMPLETE").unlink()
+    assert submit(cluster, log, *arguments) == 0, log.read_text()
+    assert "after step 2" in log.read_text()
+    assert losses_of(run) == losses
 
 
 def test_a_mistake_is_told_once_and_fails_the_job(cluster: Cluster, tmp_path: Path) -> None:
