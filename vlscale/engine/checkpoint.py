@@ -51,6 +51,7 @@ def save(engine: Any, system: nn.Module, run: Path, state: State, keep: int) -> 
         UserError: the tag exists already.
     """
     folder = run / layout.CHECKPOINTS / layout.checkpoint_name(state.step)
+    _require_equal_ranks(system.carried_state())  # type: ignore[operator]
     distributed.on_main(lambda: _create(folder))
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     weights = consolidated(system)
@@ -84,7 +85,10 @@ def consolidated(system: nn.Module) -> dict[str, Tensor]:
 
 
 def load(engine: Any, system: nn.Module, checkpoint: Path) -> None:
-    """Put engine, system and carried state back to where the checkpoint left them; collective."""
+    """Put engine, system and carried state back to where the checkpoint left them; collective.
+
+    DeepSpeed unpickles its own files: resume from checkpoints that you trust. (`load_run` reads safetensors only.)
+    """
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise UserError(f"{checkpoint}: DeepSpeed found nothing to load in it; remove the folder to use an older one")
@@ -168,6 +172,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         result.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return result
+
+
+def _require_equal_ranks(carried: dict[str, Tensor]) -> None:
+    """Rank 0's carried state is what every rank gets back: stop rather than lose another rank's."""
+    if distributed.world_size() == 1 or not carried:
+        return
+    sums = torch.stack([value.double().nan_to_num().sum() for value in carried.values()])
+    ranks = distributed.gather(sums.unsqueeze(0))  # [R, T]
+    differing = [name for name, equal in zip(carried, (ranks == ranks[0]).all(0).tolist(), strict=True) if not equal]
+    if differing:
+        raise RuntimeError(f"carried state differs between ranks: {', '.join(differing[:5])}")
 
 
 def _create(folder: Path) -> None:

@@ -40,7 +40,7 @@ class RunResult:
     """False when `stop_after` ended it before its last step."""
     checkpoint: Path | None
     metrics: dict[str, float | int]
-    """The last step's row of metrics.jsonl."""
+    """The last step's row of metrics.jsonl; empty when there was nothing left to train."""
     seconds: float
 
 
@@ -58,6 +58,8 @@ class Run:
     state: checkpoint.State
     device: torch.device
     monitor: Monitor | None
+    newest: Path | None
+    """Newest checkpoint: the one that the run went on from, then the last one saved."""
     writer: EngineWriter = field(default_factory=EngineWriter)
 
     def progress(self, generator: torch.Generator | None) -> Progress:
@@ -94,8 +96,9 @@ def pretrain(
     distributed.init_from_environment()
     run = _set_up(start.absolute_paths(recipe), ds_config, Path(out), resume, start.set_threads(threads))
     last = run.total_steps if stop_after is None else min(stop_after, run.total_steps)
-    saved, row = _train(run, last)
-    return RunResult(run.out, run.state.step, run.state.step >= run.total_steps, saved, row, time.monotonic() - started)
+    row = _train(run, last)
+    finished, seconds = run.state.step >= run.total_steps, time.monotonic() - started
+    return RunResult(run.out, run.state.step, finished, run.newest, row, seconds)
 
 
 def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threads: int) -> Run:
@@ -146,24 +149,24 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
     if distributed.rank() == 0:
         layout.write_json(out / layout.DS_CONFIG, config)
         monitor = Monitor(out, total, origin.step, LOSSES.get(recipe.system.name, ()))
-    return Run(recipe, out, engine, system, stream, plan, total, state, device, monitor)
+    return Run(recipe, out, engine, system, stream, plan, total, state, device, monitor, origin.checkpoint)
 
 
-def _train(run: Run, last: int) -> tuple[Path | None, dict[str, float | int]]:
-    """Steps up to `last`, saving on the way; returns the last checkpoint and the last row of the metrics."""
-    saved: Path | None = None
+def _train(run: Run, last: int) -> dict[str, float | int]:
+    """Steps up to `last`, saving on the way; returns the last row of the metrics."""
     row: dict[str, float | int] = {}
     batches = iter(run.stream)
     try:
         while run.state.step < last:
             row = train_step(run, batches)
             if run.state.step % run.recipe.checkpoint.every == 0 or run.state.step == last:
-                saved = checkpoint.save(run.engine, run.system, run.out, run.state, run.recipe.checkpoint.keep)
+                keep = run.recipe.checkpoint.keep
+                run.newest = checkpoint.save(run.engine, run.system, run.out, run.state, keep)
     finally:
         run.stream.close()
         if run.monitor is not None:
             run.monitor.close()
-    return saved, row
+    return row
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float | int]:
@@ -241,8 +244,10 @@ def _gradient_facts(run: Run) -> dict[str, float]:
 
 def _at_floor(run: Run) -> str:
     """The alarm of native fp16: the scale can't be lowered any more."""
-    scaler = getattr(run.engine.optimizer, "loss_scaler", None)
-    if run.state.precision != "fp16" or scaler.cur_scale > getattr(scaler, "min_scale", 0):
+    if run.state.precision != "fp16":
+        return ""
+    scaler = run.engine.optimizer.loss_scaler
+    if scaler.cur_scale > getattr(scaler, "min_scale", 0):  # a static scale has no floor
         return ""
     return f"; the loss scale is at its floor {scaler.cur_scale}: lower train.lr, or use bfloat16"
 
