@@ -36,8 +36,8 @@ def first_run(
         with clock.part("pre-training"):
             _pretrain(recipe, out, overrides or [], threads)
         launch.set_threads(threads, 1)
-        files = _evaluate(str(out), clock)
-        _write(summary, {"files": {name: str(path) for name, path in files.items()}, "seconds": clock.seconds})
+        files = {name: str(path.relative_to(out)) for name, path in _evaluate(str(out), clock).items()}
+        _write(summary, {"files": files, "seconds": clock.seconds})
     else:
         print(f"{out} holds a finished first run; remove the folder to start over")
     _report(out, json.loads(summary.read_text(encoding="utf-8")))
@@ -113,25 +113,27 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 def _report(out: Path, summary: dict[str, Any]) -> None:
-    files = {name: Path(path) for name, path in summary["files"].items()}
+    files = {name: out / path for name, path in summary["files"].items()}
     seconds = {f"seconds, {name}": round(value, 1) for name, value in summary["seconds"].items()}
     terminal.print_table(
         "first run",
         [("run", out), *files.items()],
-        _recalls(_metrics(files["retrieval"])),
-        _metrics(files["objectives"]).items(),
+        _recalls(_read(files["retrieval"])),
+        _read(files["objectives"])["metrics"].items(),
         _codebooks(files["codebook"].with_name("codebook.json")),
         [*seconds.items(), ("seconds, all", round(sum(summary["seconds"].values()), 1))],
     )
 
 
-def _metrics(path: Path) -> dict[str, float]:
-    return json.loads(path.read_text(encoding="utf-8"))["metrics"]
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _recalls(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
-    """Recalls of every score that was computed, three to a line."""
-    for score, prefix in (("first stage", "itc_"), ("re-ranked by ITM", ""), ("ITM + first stage", "sum_")):
+def _recalls(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Recalls in per cent of every score that was computed, three to a line, and what guessing would reach."""
+    metrics = result["metrics"] | {f"chance_{name}": value for name, value in result["protocol"]["chance"].items()}
+    scores = {"first stage": "itc_", "re-ranked by ITM": "", "ITM + first stage": "sum_", "chance": "chance_"}
+    for score, prefix in scores.items():
         if f"{prefix}rsum" not in metrics:
             continue
         for way, key in (("text → image", "t2i"), ("image → text", "i2t")):
@@ -142,6 +144,6 @@ def _recalls(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
 
 def _codebooks(path: Path) -> Iterator[tuple[str, str]]:
     """Perplexity and dead codes over the held-out images."""
-    for name, book in json.loads(path.read_text(encoding="utf-8"))["codebooks"].items():
+    for name, book in _read(path)["codebooks"].items():
         yield f"{name}, perplexity", f"{book['perplexity']:.1f}"
         yield f"{name}, codes never chosen", f"{len(book['dead'])} of {book['size']}"
