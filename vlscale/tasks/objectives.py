@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def run_objectives(
     """Probe a run and write `eval/objectives.json` in its folder (or `out`); returns the file."""
     run = load_run(source)
     name, samples = run_samples(run, data, split, image_root)
-    metrics = probe_objectives(run.system, samples, run.recipe, run.tokenizer, run.device)
+    metrics = probe_objectives(cast(System, run.system), samples, run.recipe, run.tokenizer, run.device)
     protocol = {"checkpoint": run.checkpoint.name, "step": run.step, "split": name, "pairs": len(samples), "seed": 0}
     path = out or run.folder / "eval" / "objectives.json"
     path.parent.mkdir(parents=True, exist_ok=True)
