@@ -203,7 +203,10 @@ def test_forbidding_the_flip_leaves_the_other_draws() -> None:
 def test_normalisation() -> None:
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
-    torch.testing.assert_close(normalize(pixels, CLIP_MEAN, CLIP_STD), (pixels / 255 - mean) / std)
+    for given in (pixels, pixels.float()):
+        before = given.clone()
+        torch.testing.assert_close(normalize(given, CLIP_MEAN, CLIP_STD), (pixels / 255 - mean) / std)
+        assert torch.equal(given, before)
 
 
 def _slow_warp(source: np.ndarray, matrix: np.ndarray) -> np.ndarray:

@@ -117,7 +117,7 @@ def eval_transform(data: Data) -> Transform:
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, 3, H, W] → float32 (x / 255 − mean) / std on the same device, without copying constants to it."""
-    normalized = images.to(torch.float32)
+    normalized = images.to(torch.float32, copy=True)
     for channel in range(3):
         normalized[:, channel].mul_(1 / (255 * std[channel])).sub_(mean[channel] / std[channel])
     return normalized
