@@ -71,7 +71,9 @@ _MIXES = {
     4: (("large", "large", "small", "small"), ("large", "large", "small", "small"), ("large",) + ("small",) * 3),
     5: (("large",) + ("small",) * 4, ("large", "large", "small", "small", "small")),
 }
-_EXTENTS = {2: (0.58, 0.66), 3: (0.50, 0.58), 4: (0.48, 0.54), 5: (0.46, 0.52)}
+_COUNTS = (0.42, 0.38, 0.14, 0.06)
+"""Shares of scenes with 2, 3, 4 and 5 things: few and large, so that a masked picture still tells of its things."""
+_EXTENTS = {2: (0.62, 0.72), 3: (0.52, 0.60), 4: (0.48, 0.54), 5: (0.46, 0.52)}
 """Side of a large thing as a share of the picture, by the number of things."""
 _SMALL = (0.305, 0.345)
 _LEAST = {"small": 0.28, "large": 0.43}
@@ -119,7 +121,7 @@ class Scene:
 def sample_scene(rng: random.Random) -> Scene:
     """Draw a scene; at least 60 % of every thing stays in sight."""
     background = rng.choice(tuple(BACKGROUNDS))
-    count = rng.choices((2, 3, 4, 5), (0.2, 0.4, 0.28, 0.12))[0]
+    count = rng.choices((2, 3, 4, 5), _COUNTS)[0]
     looks = _looks(rng, background, rng.choice(_MIXES[count]))
     while (things := _place(rng, looks)) is None or _least_in_sight(things) < 0.6:
         for look in looks:  # as large as fits: shrink a little until it does

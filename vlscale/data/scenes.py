@@ -31,7 +31,7 @@ from vlscale.errors import UserError
 
 __all__ = ["VERSION", "contact_sheet", "embedded_scenes", "render_scenes"]
 
-VERSION = 4
+VERSION = 5
 """Of the generator: raise it with every change of what it draws or says, and cached data sets are rendered anew."""
 
 SPLITS = ("test", "train")
