@@ -51,7 +51,7 @@ def retrieval(
             image_root=_text(image_root),
             on_progress=report,
         )
-    terminal.print_result(result, retrieval_table(result))
+    terminal.print_result(result, split, retrieval_table(result))
 
 
 @app.command()
@@ -68,7 +68,7 @@ def objectives(
     from vlscale.tasks.objectives import run_objectives
 
     result = run_objectives(source, data=_text(data), split=split, out=out, image_root=_text(image_root))
-    terminal.print_result(result)
+    terminal.print_result(result, split)
 
 
 def _text(path: Path | None) -> str | None:

@@ -38,11 +38,14 @@ def print_description(description: Mapping[str, Any]) -> None:
             print_table(key, section.items())
 
 
-def print_result(path: Path, table: Table | None = None) -> None:
+def print_result(path: Path, asked_split: str | None, table: Table | None = None) -> None:
     """Print a result file: its metrics (or a better table of them), how they were measured, and where it lies."""
     result = json.loads(path.read_text(encoding="utf-8"))
     print_rich(table or _table(result["task"], result["metrics"].items()))
     print_table("protocol", result["protocol"].items())
+    taken = result["protocol"]["split"]
+    if asked_split is None and taken != "test":
+        print(f"the data has no split test: took {taken}")
     print(path)
 
 

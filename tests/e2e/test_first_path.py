@@ -84,6 +84,17 @@ def test_a_checkpoint_and_other_data_can_be_named(trained: Path, scenes: Path, t
     assert (card["split"], card["rerank"], card["images"]) == ("train", 2, 24)
 
 
+def test_without_a_test_split_the_validation_split_is_taken_and_named(
+    trained: Path, scenes: Path, tmp_path: Path, here: Here, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "captions.jsonl"
+    lines = [json.loads(line) for line in (scenes / "captions.jsonl").read_text().splitlines()]
+    data.write_text("".join(json.dumps(line | {"split": "dev"}) + "\n" for line in lines if line["split"] == "test"))
+    options = ["--data", data, "--image-root", scenes, "--rerank", "0", "--out", tmp_path / "result.json"]
+    assert here("eval", "retrieval", "--from", trained, *options) == 0
+    assert "no split test: took " in capfd.readouterr().out
+
+
 def test_objectives_are_probed(trained: Path, here: Here) -> None:
     assert here("eval", "objectives", "--from", trained) == 0
     metrics = json.loads((trained / "eval" / "objectives.json").read_text())["metrics"]
