@@ -15,6 +15,8 @@ from types import FrameType
 from vlscale.errors import UserError
 
 POLL_SECONDS = 0.1
+PR_SET_PDEATHSIG = 1
+"""Of Linux' prctl."""
 TERMINATE_SECONDS = 15.0
 """How long a rank may take to end after SIGTERM before it is killed."""
 
@@ -119,12 +121,26 @@ def start_ranks(arguments: Sequence[str], world: int) -> int:
         for index in range(world):
             environment = {**os.environ, **shared, "RANK": str(index), "LOCAL_RANK": str(index)}
             # A session of its own: Ctrl-C reaches the ranks once, through us, not a second time from the terminal.
-            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            ranks.append(
+                subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+            )
         return _wait(ranks, received)
     finally:
         _end(ranks)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """Runs in a rank before its program: have Linux kill it when the launcher is killed.
+
+    Otherwise it would go on training, and `--resume auto` would start a second run in the same folder.
+    """
+    import ctypes
+
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> int:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_threads_are_what_was_asked_for_else_the_cores_shared_out(monkeypatch: p
 RANK_PROGRAM = """
 import os, sys, time
 rank, world = int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
-open(f"{sys.argv[2]}/{rank}", "w").write(f"{world} {os.environ['MASTER_ADDR']} {os.environ['MASTER_PORT']}")
+open(f"{sys.argv[2]}/{rank}", "w").write(f"{world} {os.environ['MASTER_ADDR']} {os.environ['MASTER_PORT']} {os.getpid()}")
 if sys.argv[1] == "one-fails":
     sys.exit(7) if rank == 1 else time.sleep(60)
 if sys.argv[1] == "wait":
@@ -113,7 +114,7 @@ def test_ranks_are_started_with_one_meeting_point(ranks_run: Path) -> None:
     assert launch.start_ranks(["fine", str(ranks_run)], 3) == 0
     notes = {path.name: path.read_text() for path in ranks_run.iterdir()}
     assert sorted(notes) == ["0", "1", "2"]
-    assert len(set(notes.values())) == 1
+    assert len({note.rsplit(" ", 1)[0] for note in notes.values()}) == 1
     assert notes["0"].startswith("3 127.0.0.1 ")
 
 
@@ -124,16 +125,33 @@ def test_a_failing_rank_ends_the_others_and_is_named(ranks_run: Path, capfd: pyt
     assert capfd.readouterr().err == "vlscale: rank 1 of 2 failed with exit code 7; ending the others\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_reach_the_ranks(ranks_run: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_rank_outlives_its_launcher(ranks_run: Path, tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import sys; from vlscale.cli import launch; executable = sys.executable; sys.executable = sys.argv[1]; "
+        "import sys; from vlscale.cli import launch; sys.executable = sys.argv[1]; "
         "sys.exit(launch.start_ranks(['wait', sys.argv[2]], 2))"
     )
     python = Path(sys.prefix) / "bin" / "python"
     launcher = subprocess.Popen([python, "-c", code, str(tmp_path / "python"), str(ranks_run)])
-    deadline = time.monotonic() + 30
-    while len(list(ranks_run.iterdir())) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    assert eventually(lambda: len([note for note in ranks_run.iterdir() if note.stat().st_size]) == 2)
+    pids = [int(note.read_text().split()[-1]) for note in ranks_run.iterdir()]
     launcher.send_signal(number)
     assert launcher.wait(20) != 0
+    assert eventually(lambda: not any(alive(pid) for pid in pids))
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
