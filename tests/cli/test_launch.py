@@ -89,7 +89,8 @@ def test_threads_are_what_was_asked_for_else_the_cores_shared_out(monkeypatch: p
 RANK_PROGRAM = """
 import os, sys, time
 rank, world = int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
-open(f"{sys.argv[2]}/{rank}", "w").write(f"{world} {os.environ['MASTER_ADDR']} {os.environ['MASTER_PORT']} {os.getpid()}")
+meeting = f"{os.environ['MASTER_ADDR']} {os.environ['MASTER_PORT']}"
+open(f"{sys.argv[2]}/{rank}", "w").write(f"{world} {meeting} {os.getpid()}")
 if sys.argv[1] == "one-fails":
     sys.exit(7) if rank == 1 else time.sleep(60)
 if sys.argv[1] == "wait":
