@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 
 from vlscale import __version__
 
-from . import data, errors, first_run, inspect, pretrain
+from . import data, errors, first_run, inspect, launch, pretrain
 from . import eval as evaluation
 
 app = typer.Typer(
@@ -54,4 +56,17 @@ def root(
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    return errors.exit_code(lambda: app(args=sys.argv[1:], prog_name="vlscale", standalone_mode=False))
+    try:
+        code = errors.exit_code(lambda: app(args=sys.argv[1:], prog_name="vlscale", standalone_mode=False))
+    except Exception:
+        if not launch.joined():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and launch.joined():
+        # Torch's teardown of a process group takes many seconds while other ranks are alive, and only when this rank is
+        # gone does the launcher end them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
