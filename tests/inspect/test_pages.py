@@ -75,6 +75,7 @@ def test_page(run: Path, tmp_path: Path) -> None:
     assert section["dead"] == np.flatnonzero(counts == 0).tolist()
     shares = counts[counts > 0] / codes.size
     assert section["perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert section["codes_per_image"] == pytest.approx(sum(len(set(row)) for row in codes.tolist()) / 10)
     listed = [entry["code"] for entry in section["codes"]]
     assert [counts[code] for code in listed[:4]] == sorted(counts, reverse=True)[:4]
     for entry in section["codes"]:

@@ -83,7 +83,8 @@ def usage_table(page: Path) -> Table:
     unused = f"{len(section['dead'])} of {section['size']} codes never chosen"
     table = Table(
         title=f"Codebook “{name}”: perplexity {section['perplexity']:.1f}, {unused}",
-        caption=f"{section['patches']:,} patches of {section['images']:,} images",
+        caption=f"{section['patches']:,} patches of {section['images']:,} images, "
+        f"{section['codes_per_image']:.1f} different codes per image",
     )
     for column in ("code", "patches", "share"):
         table.add_column(column, justify="right")
@@ -126,6 +127,7 @@ def _section(
         "entropy": usage.entropy,
         "perplexity": usage.perplexity,
         "dead": usage.dead,
+        "codes_per_image": float(np.mean([len(np.unique(row)) for row in cells])),
         "histogram": f"{name}/usage.png",
         "codes": [_describe(code, cells, usage, tags) for code in chosen],
     }

@@ -57,7 +57,9 @@ def context_tile(image: np.ndarray, grid: tuple[int, int], cell: int, size: int)
     down, right = size / (rows.stop - rows.start), size / (columns.stop - columns.start)
     top, left = (row - rows.start) * down, (column - columns.start) * right
     corners = [round(left), round(top), round(left + right) - 1, round(top + down) - 1]
-    ImageDraw.Draw(tile).rectangle(corners, outline=OUTLINE, width=2)
+    draw = ImageDraw.Draw(tile)
+    draw.rectangle([corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline=PAPER)
+    draw.rectangle(corners, outline=OUTLINE, width=2)
     return tile
 
 
@@ -173,7 +175,7 @@ def usage_histogram(counts: np.ndarray, perplexity: float, path: Path) -> None:
     axes.set_xlabel("codes, most used first")
     axes.set_ylabel("patches")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(loc="upper right", facecolor="white", framealpha=1.0, edgecolor="none")
     figure.savefig(path, metadata={"Software": None})
 
 

@@ -34,8 +34,10 @@ figure img { border: 1px solid #e4e7eb; border-radius: 6px; background: #fff; }
 .numbers span { color: #687280; font-size: .85rem; }
 table { border-collapse: collapse; font-size: .92rem; } th { text-align: left; font-weight: 600; color: #4a5360; }
 th, td { padding: .28rem 1rem .28rem 0; border-bottom: 1px solid #eceff2; vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } a { color: #1f5fa8; }
-.faint { color: #7b8591; } details { margin: .8rem 0; } code { font-size: .9em; overflow-wrap: anywhere; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+a { color: #1f5fa8; }
+.faint { color: #7b8591; } .whole { white-space: nowrap; }
+details { margin: .8rem 0; } code { font-size: .9em; overflow-wrap: anywhere; }
 .code { border-top: 1px solid #eceff2; padding-top: .4rem; }
 """
 
@@ -133,8 +135,8 @@ def _codebook(name: str, section: dict[str, Any]) -> list[str]:
         (f"{section['entropy']:.2f}", "entropy, nats"),
         (f"{size - len(dead)} of {size}", "codes in use"),
         (f"{100 * len(dead) / size:.1f} %", "never chosen"),
-        (f"{section['patches']:,}", "patches"),
-        (f"{section['images']:,}", "images"),
+        (f"{section['codes_per_image']:.1f}", "different codes per image"),
+        (f"{section['patches']:,}", f"patches of {section['images']:,} images"),
     ]
     tiles = "".join(f"<li><b>{escape(value)}</b><span>{escape(what)}</span></li>" for value, what in numbers)
     parts = [f"<h2>Codebook “{escape(name)}”</h2>", f'<ul class="numbers">{tiles}</ul>']
@@ -144,7 +146,7 @@ def _codebook(name: str, section: dict[str, Any]) -> list[str]:
     if "overview" in section:
         caption = "A random draw of the patches of each code, outlined in their surroundings; rows are codes."
         parts += ["<h3>Codes at a glance</h3>", figure(section["overview"], caption, "overview of codes")]
-    parts += ["<h3>Most used codes</h3>", _code_table(section)]
+    parts += ["<h3>Codes, most used first</h3>", _code_table(section)]
     if "examples" in section:
         caption = (
             "Held-out images and the codes of their cells. Similar codes have similar colours: the three main "
@@ -182,7 +184,7 @@ def _code_table(section: dict[str, Any]) -> str:
 def _shares(shares: list[dict[str, Any]]) -> str:
     def one(item: dict[str, Any]) -> str:
         everywhere = f'<span class="faint">({100 * item["everywhere"]:.0f} %)</span>'
-        return f"{escape(item['tag'])} {100 * item['share']:.0f} % {everywhere}"
+        return f'<span class="whole">{escape(item["tag"])} {100 * item["share"]:.0f} % {everywhere}</span>'
 
     return ", ".join(map(one, shares))
 

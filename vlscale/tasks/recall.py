@@ -27,10 +27,10 @@ def ranks(scores: Tensor, relevant: Tensor) -> Tensor:
     Raises:
         ValueError: a score is NaN; every comparison with it would be false and look like a perfect rank.
     """
-    if torch.isnan(scores).any():
+    if scores.amax(dim=1).isnan().any():
         raise ValueError("scores hold NaN")
-    best = scores.masked_fill(~relevant, -math.inf).amax(dim=1)  # [Q]
-    count = ((scores >= best[:, None]) & ~relevant).sum(dim=1)
+    best = torch.where(relevant, scores, -math.inf).amax(dim=1)  # [Q]
+    count = ((scores >= best[:, None]) > relevant).sum(dim=1)  # above or equal, and not right
     return torch.where(relevant.any(dim=1), count, scores.shape[1])
 
 

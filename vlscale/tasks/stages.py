@@ -16,8 +16,8 @@ from vlscale.systems.protocol import ImageStates, System, TextStates
 from vlscale.tasks.features import ImageStore, OnProgress, Precision, TextStore, image_states, pooled_only
 from vlscale.tasks.recall import ranks
 
-SCORES_AT_ONCE = 1 << 23
-"""Entries of the similarity matrix that exist at a time (32 MB in fp32)."""
+SCORES_AT_ONCE = 1 << 20
+"""Entries of the similarity matrix that exist at a time: 4 MB in fp32, which stay in a CPU's cache."""
 
 PAIRS_AT_ONCE = 128
 """Image-text pairs in one fusion pass."""
@@ -35,6 +35,31 @@ class Direction:
     """[Q, k] float32: theirs."""
     relevant: Tensor
     """[Q, k] bool: whether they are right."""
+
+    @classmethod
+    def empty(cls, queries: int, k: int) -> Direction:
+        """Room for all queries, taken at once: chunks of results between those of scores would scatter the memory."""
+        return cls(
+            torch.empty(queries, dtype=torch.int64),
+            torch.empty(queries, k, dtype=torch.int64),
+            torch.empty(queries, k),
+            torch.empty(queries, k, dtype=torch.bool),
+        )
+
+    def fill(self, rows: slice, scores: Tensor, relevant: Tensor) -> None:
+        """Take in the queries `rows`: scores [q, C] float32, relevant [q, C] bool.
+
+        Raises:
+            UserError: a score is not finite.
+        """
+        # The sum is finite exactly when all terms are, and takes no memory.
+        if not scores.sum().isfinite():
+            raise UserError("the checkpoint's similarities are not finite: it diverged, evaluate an earlier one")
+        similarity, candidates = scores.topk(self.candidates.shape[1], dim=1)
+        self.rank[rows] = ranks(scores, relevant).cpu()
+        self.candidates[rows] = candidates.cpu()
+        self.similarity[rows] = similarity.cpu()
+        self.relevant[rows] = relevant.gather(1, candidates).cpu()
 
 
 def first_stage(
@@ -62,14 +87,14 @@ def first_stage(
     if block(slice(0, 1), slice(0, 1)) is None:
         return None
     index = torch.arange(count, device=device)
-    t2i, i2t = [], []
+    t2i, i2t = Direction.empty(captions, min(k, count)), Direction.empty(count, min(k, captions))
     for rows in _slices(captions, count):
         scores = cast(Tensor, block(slice(None), rows)).T
-        t2i.append(_direction(scores, image_of_text[rows, None] == index, k))
+        t2i.fill(rows, scores.float(), image_of_text[rows, None] == index)
     for rows in _slices(count, captions):
         scores = cast(Tensor, block(rows, slice(None)))
-        i2t.append(_direction(scores, index[rows, None] == image_of_text, k))
-    return _concat(t2i), _concat(i2t)
+        i2t.fill(rows, scores.float(), index[rows, None] == image_of_text)
+    return t2i, i2t
 
 
 def every_pair(image_of_text: Tensor, count: int) -> tuple[Direction, Direction]:
@@ -168,24 +193,6 @@ def _each_image(
     for _, states in image_states(system, samples, data, precision, batch_size):
         for row in range(len(states.pooled)):
             yield ImageStates(*(field[row : row + 1] for field in states))
-
-
-def _direction(scores: Tensor, relevant: Tensor, k: int) -> Direction:
-    if not scores.isfinite().all():
-        raise UserError("the checkpoint's similarities are not finite: it diverged, evaluate an earlier one")
-    scores = scores.float()
-    similarity, candidates = scores.topk(min(k, scores.shape[1]), dim=1)
-    chosen = relevant.gather(1, candidates)
-    return Direction(ranks(scores, relevant).cpu(), candidates.cpu(), similarity.cpu(), chosen.cpu())
-
-
-def _concat(parts: list[Direction]) -> Direction:
-    return Direction(
-        torch.cat([part.rank for part in parts]),
-        torch.cat([part.candidates for part in parts]),
-        torch.cat([part.similarity for part in parts]),
-        torch.cat([part.relevant for part in parts]),
-    )
 
 
 def _slices(queries: int, candidates: int) -> Iterator[slice]:
