@@ -229,6 +229,8 @@ class Evaluation(Section):
 
     rerank: int = 128
     """First-stage candidates per query that ITM re-ranks."""
+    itm_score: Literal["logit", "odds"] = "logit"
+    """Re-rank by the logit of class 1, as ALBEF's release, or by the odds of a match: class 1 minus class 0."""
     batch_size: int = 64
 
 

@@ -29,9 +29,13 @@ from vlscale.tasks.stages import Direction, PairScores, every_pair, first_stage,
 
 SCORES = {
     "itc": "first stage: system.similarity of the pooled features (cosine over the learned temperature)",
-    "itm": "re-ranked: ITM logit of class 1 (match); what was not re-ranked stays below, in first-stage order",
     "sum": "re-ranked: log odds of a match (ITM logit of class 1 minus class 0) plus the first-stage similarity",
 }
+ITM_SCORES = {
+    "logit": "ITM logit of class 1 (match)",
+    "odds": "log odds of a match (ITM logit of class 1 minus class 0)",
+}
+"""What `eval.itm_score` means; the first is what ALBEF's release ranks by."""
 TIES = "a wrong candidate with the same score as the best right one ranks above it"
 
 
@@ -119,10 +123,10 @@ def evaluate_retrieval(
     directions = stage or every_pair(image_of_text, len(samples))
     again = (samples, recipe.data, batch_size)
     pairs = score_pairs(system, images, texts, directions, precision, again, progress)
-    metrics = _metrics(directions, pairs, has_first_stage=stage is not None)
+    metrics = _metrics(directions, pairs, recipe.eval.itm_score, has_first_stage=stage is not None)
     card = _card(samples, image_of_text, recipe, rerank, precision) | {"unreadable_images": images.skipped}
     if stage is None:
-        card |= {"rerank": "every pair", "scores": {"itm": "ITM logit of class 1 (match), every pair scored"}}
+        card |= {"rerank": "every pair", "scores": {"itm": f"{ITM_SCORES[recipe.eval.itm_score]}, every pair scored"}}
     return RetrievalResult(metrics, card)
 
 
@@ -152,14 +156,16 @@ def _row(metrics: dict[str, float], prefix: str) -> list[str]:
     return [f"{metrics[prefix + name]:.1f}" for name in [*names, "rsum"]]
 
 
-def _metrics(directions: tuple[Direction, Direction], pairs: PairScores, has_first_stage: bool) -> dict[str, float]:
+def _metrics(
+    directions: tuple[Direction, Direction], pairs: PairScores, itm_score: str, has_first_stage: bool
+) -> dict[str, float]:
     t2i, i2t = directions
     text, image = torch.arange(len(t2i.rank))[:, None], torch.arange(len(i2t.rank))[:, None]
     logits = pairs.of(t2i.candidates, text), pairs.of(image, i2t.candidates)  # [T, k, 2], [I, k, 2]
-    metrics = _both(directions, (logits[0][..., 1], logits[1][..., 1]), "")
+    odds = logits[0][..., 1] - logits[0][..., 0], logits[1][..., 1] - logits[1][..., 0]
+    metrics = _both(directions, odds if itm_score == "odds" else (logits[0][..., 1], logits[1][..., 1]), "")
     if has_first_stage:
         metrics |= both_ways(t2i.rank, i2t.rank, "itc_")
-        odds = [value[..., 1] - value[..., 0] for value in logits]
         metrics |= _both(directions, (odds[0] + t2i.similarity, odds[1] + i2t.similarity), "sum_")
     return metrics
 
@@ -181,13 +187,14 @@ def _card(
     samples: list[Sample], image_of_text: Tensor, recipe: Recipe, rerank: int, precision: Precision
 ) -> dict[str, Any]:
     per_image = torch.bincount(image_of_text, minlength=len(samples))
+    itm = ITM_SCORES[recipe.eval.itm_score]
     return {
         "resolution": recipe.data.image_size,
         "images": len(samples),
         "captions": len(image_of_text),
         "split_hash": split_hash(samples),
         "rerank": rerank,
-        "scores": SCORES,
+        "scores": SCORES | {"itm": f"re-ranked: {itm}; what was not re-ranked stays below, in first-stage order"},
         "ties": TIES,
         "chance": chance(per_image),
         "precision": str(precision),
