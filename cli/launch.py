@@ -49,6 +49,11 @@ def world_size(nproc: int | None) -> int:
     return found
 
 
+def has_company() -> bool:
+    """Whether this process is one of several ranks."""
+    return joined() and world_size(None) > 1
+
+
 def local_world_size(world: int) -> int:
     """Ranks that share this machine."""
     for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):

@@ -59,11 +59,11 @@ def main() -> int:
     try:
         code = errors.exit_code(lambda: app(args=sys.argv[1:], prog_name="vlscale", standalone_mode=False))
     except Exception:
-        if not launch.joined():
+        if not launch.has_company():
             raise
         traceback.print_exc()
         code = 1
-    if code and launch.joined():
+    if code and launch.has_company():
         # Torch's teardown of a process group takes many seconds while other ranks are alive, and only when this rank is
         # gone does the launcher end them.
         sys.stdout.flush()

@@ -58,8 +58,8 @@ def pretrain(
         if code:
             sys.exit(code)
         return
-    launch.settle(world)
     threads = launch.set_threads(threads, world)
+    launch.settle(world)
     # DeepSpeed calls what torch has deprecated; whoever trains can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from vlscale.engine.loop import pretrain as run
