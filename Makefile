@@ -23,9 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	touch $@
 
-# One thread per process: with two workers on two cores more threads only get in each other's way.
+# One thread per process: with two workers on two cores more threads only get in each other's way. A file's tests stay
+# together, so that those that share a run make it once.
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow and not slurm'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not slurm'
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not slurm'

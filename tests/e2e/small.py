@@ -47,3 +47,10 @@ def settings(overrides: dict[str, str]) -> list[str]:
 def render_small(out: Path) -> Path:
     """Scenes for a run of a few steps."""
     return render_scenes(out, train=24, test=8, seed=0, workers=1)
+
+
+def assert_one_line(error: str, hint: str) -> None:
+    """What a user's mistake leaves on stderr: one line that helps."""
+    assert hint in error
+    assert error.startswith("vlscale: error: ")
+    assert error.count("\n") == 1, error

@@ -13,10 +13,8 @@ import pytest
 from PIL import Image
 
 from tests.e2e.conftest import STEPS, Here, Vlscale
-from tests.e2e.small import SMALL, settings
+from tests.e2e.small import SMALL, assert_one_line, settings
 from vlscale.interop import layout
-
-pytestmark = pytest.mark.xdist_group("e2e")
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
@@ -62,6 +60,15 @@ def test_a_finished_run_has_nothing_to_resume(vlscale: Vlscale, trained: Path) -
     result = vlscale("pretrain", trained / "recipe.yaml", "--out", trained, "--resume", "auto")
     assert result.returncode == 0, result.stderr
     assert metrics_of(trained) == before
+
+
+def test_a_folder_that_holds_a_run_is_refused(vlscale: Vlscale, trained: Path, scenes: Path) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    arguments = ["pretrain", "--data", scenes, "--out", trained, "--nproc", "2", *settings(SMALL["cb_vila_tiny"])]
+    result = vlscale(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert_one_line(result.stderr, "--resume auto")
+    assert (trained / "metrics.jsonl").read_bytes() == before
 
 
 def test_retrieval_is_evaluated(trained: Path, here: Here, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Here, Vlscale
-from tests.e2e.small import SMALL, settings
+from tests.e2e.small import SMALL, assert_one_line, settings
 
 MISTAKES = {
     "unknown recipe": (["pretrain", "no_such"], "cb_vila_tiny"),
@@ -32,12 +32,6 @@ MISTAKES = {
 }
 
 
-def assert_one_line(error: str, hint: str) -> None:
-    assert hint in error
-    assert error.startswith("vlscale: error: ")
-    assert error.count("\n") == 1, error
-
-
 @pytest.mark.parametrize(("arguments", "hint"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_line(
     arguments: list[str],
@@ -59,13 +53,3 @@ def test_a_broken_line_of_data_is_named(vlscale: Vlscale, tmp_path: Path) -> Non
     result = vlscale("pretrain", "--data", data, "--out", tmp_path / "run", *settings(SMALL["cb_vila_tiny"]))
     assert result.returncode == 2, result.stderr
     assert_one_line(result.stderr, "captions.jsonl")
-
-
-@pytest.mark.xdist_group("e2e")
-def test_a_folder_that_holds_a_run_is_refused(vlscale: Vlscale, trained: Path, scenes: Path) -> None:
-    before = (trained / "metrics.jsonl").read_bytes()
-    arguments = ["pretrain", "--data", scenes, "--out", trained, "--nproc", "2", *settings(SMALL["cb_vila_tiny"])]
-    result = vlscale(*arguments)
-    assert result.returncode == 2, result.stderr
-    assert_one_line(result.stderr, "--resume auto")
-    assert (trained / "metrics.jsonl").read_bytes() == before
