@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlscale.config import LOSSES, CbVilaSystem, CodebookOptions, MimOptions, Text, Vision
 from vlscale.data.sample import Batch, Vocabulary
+from vlscale.engine.writer import PlainWriter
 from vlscale.errors import UserError
 from vlscale.objectives.reconstruction import gumbel_noise, normalize_patches
 from vlscale.systems.cb_vila import CbVila
@@ -22,19 +23,6 @@ from vlscale.systems.protocol import Choices, Progress
 VOCABULARY = Vocabulary(size=40, pad=0, cls=1, sep=2, mask=3)
 IMAGE_SIZE, PATCH, WIDTH, CODES = 32, 8, 24, 12
 CELLS, MASKED = 16, 12
-
-
-class DirectWriter:
-    """Parameters are written where they lie."""
-
-    def read(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach().float()
-
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.data.copy_(value)
-
-    def reset_moments(self, parameter: nn.Parameter, rows: Tensor) -> None:
-        return None
 
 
 def config(**changes: Any) -> CbVilaSystem:
@@ -240,7 +228,7 @@ def test_codes_start_and_statistics_survive_a_restart() -> None:
     model, other = system(), system(seed=1)
     for step in range(4):
         model(batch(8, seed=step), progress(step, seed=step))
-        model.after_step(progress(step), DirectWriter())
+        model.after_step(progress(step), PlainWriter())
     other.load_state_dict(model.state_dict())
     other.load_carried_state({name: value.clone() for name, value in model.carried_state().items()})
     first, again = (m(batch(8), progress(4)) for m in (model, other))
@@ -251,7 +239,7 @@ def test_codes_start_and_statistics_survive_a_restart() -> None:
 def test_evaluation_does_not_count_as_use() -> None:
     model = system().eval()
     model(batch(), progress())
-    model.after_step(progress(), DirectWriter())
+    model.after_step(progress(), PlainWriter())
     assert model.codebook.tracker.counts.sum() == 0
 
 
@@ -305,7 +293,7 @@ def test_a_step_never_waits_for_the_device() -> None:
     with Syncs() as syncs:
         output = model(batch(), progress())
         torch.stack(list(output.losses.values())).sum().backward()
-        model.after_step(progress(), DirectWriter())
+        model.after_step(progress(), PlainWriter())
     assert not syncs.seen
 
 
