@@ -11,12 +11,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from vlscale.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -39,57 +53,63 @@ class Vision(Section):
 class Text(Section):
     """Text encoder and fusion encoder, BERT-compatible."""
 
-    width: int = 768
-    heads: int = 12
-    intermediate: int = 3072
+    width: PositiveInt = 768
+    heads: PositiveInt = 12
+    intermediate: PositiveInt = 3072
     """Width of the feed-forward layers."""
-    text_layers: int = 6
-    fusion_layers: int = 6
-    max_positions: int = 512
+    text_layers: PositiveInt = 6
+    fusion_layers: PositiveInt = 6
+    max_positions: PositiveInt = 512
     """Rows of the position table."""
-    dropout: float = 0.1
+    dropout: Share = 0.1
     """Hidden and attention dropout."""
     norm: Literal["post", "pre"] = "post"
     """`post` is BERT's; `pre` learns faster from scratch."""
     init: str = "random"
     """`random`, or a Hugging Face BERT name or local folder: first layers → text, last → fusion."""
 
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Text:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}: change one of them")
+        return self
+
 
 class Teacher(Section):
     """Momentum teacher, queues and distillation (ALBEF section 3.3)."""
 
-    momentum: float = 0.995
-    queue_size: int = 65536
-    alpha: float = 0.4
+    momentum: Share = 0.995
+    queue_size: PositiveInt = 65536
+    alpha: Share = 0.4
     """Weight of the teacher's targets; rises linearly from 0 over epoch 0."""
 
 
 class CodebookOptions(Section):
     """CB-ViLA's codebook (paper, eq. 1 and 3) and its health."""
 
-    size: int = 3072
-    beta: float = 0.25
+    size: PositiveInt = 3072
+    beta: NonNegativeFloat = 0.25
     """Weight of the commitment term."""
     reduction: Literal["mean", "sum"] = "mean"
     """`mean` averages the squared distance over dimensions; `sum` is eq. 3 to the letter."""
-    tau_start: float = 1.0
-    tau_end: float = 0.1
+    tau_start: PositiveFloat = 1.0
+    tau_end: PositiveFloat = 0.1
     """Gumbel temperature, in units of the squared L2 distance, from start to end …"""
-    tau_until: float = 0.8
+    tau_until: PositiveShare = 0.8
     """… reached after this share of the steps."""
     init: Literal["kmeans", "random"] = "kmeans"
-    init_step: int = 100
+    init_step: PositiveInt = 100
     """Step after which k-means of its batch's features replaces the random codes."""
-    revive_after: int = 100
+    revive_after: NonNegativeInt = 100
     """A code unused for so many steps is re-seeded from a feature of the batch; 0 switches revival off."""
-    revive_until: float = 0.7
+    revive_until: Share = 0.7
     """Share of the steps after which no code is revived any more: revival moves MIM's targets."""
 
 
 class MimOptions(Section):
     """Masked image modelling and the pixel term (paper, eq. 4 and section III-A)."""
 
-    ratio: float = 0.75
+    ratio: Share = 0.75
     """Share of the patches masked in every image."""
     cls: bool = False
     """Give the visual CLS to the queries, as Fig. 1's caption may be read; it leaks the unmasked image."""
@@ -97,18 +117,18 @@ class MimOptions(Section):
     """Normalise each target patch by its own mean and deviation, as in MAE."""
     share_pass: bool = False
     """One fusion pass on z_q for MIM and pixel; the codebook then learns from eq. 3's second term alone."""
-    block: int = 1
+    block: PositiveInt = 1
     """Side, in patches, of the squares that are masked together; 1 masks single patches as in the paper."""
 
 
 class _VitSystem(Section):
     vision: Vision = Field(default_factory=Vision)
     text: Text = Field(default_factory=Text)
-    embed_dim: int = 256
+    embed_dim: PositiveInt = 256
     """Width of the shared space of the contrastive projections."""
-    temperature: float = 0.07
+    temperature: PositiveFloat = 0.07
     """Initial value of the learned divisor of similarities."""
-    mlm_probability: float = 0.15
+    mlm_probability: Share = 0.15
     """Share of the word tokens masked for MLM."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -127,7 +147,7 @@ class CbVilaSystem(_VitSystem):
     name: Literal["cb_vila"] = "cb_vila"
     codebook: CodebookOptions = Field(default_factory=CodebookOptions)
     mim: MimOptions = Field(default_factory=MimOptions)
-    warmup_steps: int = 1000
+    warmup_steps: NonNegativeInt = 1000
     """Steps with ITC, ITM and the pixel/codebook terms only; then MIM and MLM join."""
 
 
@@ -139,10 +159,10 @@ class Tokenizer(Section):
 
     name: str | None = None
     """Hugging Face name or local path; none trains a WordPiece vocabulary on the training captions."""
-    vocab_size: int = 30522
+    vocab_size: PositiveInt = 30522
     """Upper limit of a vocabulary trained here."""
-    max_words: int = 30
-    max_tokens: int = 25
+    max_words: PositiveInt = 30
+    max_tokens: PositiveInt = 25
     """Tokens of a text, [CLS] included; what is longer is cut."""
     sep: bool = False
     """End texts with [SEP]; ALBEF's release does not."""
@@ -151,22 +171,22 @@ class Tokenizer(Section):
 class Augmentation(Section):
     """Training augmentation; evaluation only resizes."""
 
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: tuple[PositiveShare, PositiveShare] = (0.2, 1.0)
     """Area of the random crop as a share of the image; (1, 1) resizes the whole image."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Aspect ratios of the random crop."""
     flip: bool = True
     """Mirror half of the images, but never one whose caption says left or right."""
-    randaugment: tuple[int, int] | None = (2, 7)
+    randaugment: tuple[NonNegativeInt, NonNegativeInt] | None = (2, 7)
     """Number of operations and magnitude; null switches it off."""
 
 
 class Scenes(Section):
     """The embedded data set, used when no data is given."""
 
-    train: int = 8000
-    test: int = 500
-    seed: int = 0
+    train: PositiveInt = 8000
+    test: NonNegativeInt = 500
+    seed: NonNegativeInt = 0
 
 
 class Data(Section):
@@ -176,13 +196,13 @@ class Data(Section):
     """A jsonl file or a folder made by `vlscale data`; none means the embedded scenes."""
     image_root: str | None = None
     """Folder that image paths are relative to; default: beside the file, else images/ beside it."""
-    image_size: int = 256
+    image_size: PositiveInt = 256
     """Side of the square input in pixels."""
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     augment: Augmentation = Field(default_factory=Augmentation)
     tokenizer: Tokenizer = Field(default_factory=Tokenizer)
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Loader processes per rank; 0 loads in the training process. The order does not depend on it."""
     scenes: Scenes = Field(default_factory=Scenes)
 
@@ -190,48 +210,48 @@ class Data(Section):
 class Train(Section):
     """Length, batch, optimizer and schedule."""
 
-    epochs: float | None = 30
-    max_steps: int | None = None
+    epochs: PositiveFloat | None = 30
+    max_steps: PositiveInt | None = None
     """Optimizer steps; wins over `epochs`."""
-    seed: int = 0
-    global_batch: int = 512
+    seed: NonNegativeInt = 0
+    global_batch: PositiveInt = 512
     """Pairs per optimizer step over all ranks and accumulation steps."""
-    micro_batch: int | None = None
+    micro_batch: PositiveInt | None = None
     """Pairs per rank and forward pass; default global_batch / ranks. The quotient is accumulated."""
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     """Peak learning rate."""
-    warmup_lr: float = 1e-5
+    warmup_lr: NonNegativeFloat = 1e-5
     """Learning rate at step 0, rising linearly to `lr` …"""
-    warmup_steps: int = 1000
+    warmup_steps: NonNegativeInt = 1000
     """… in so many steps."""
-    min_lr: float = 1e-5
+    min_lr: NonNegativeFloat = 1e-5
     """Learning rate at the end of the cosine."""
-    weight_decay: float = 0.02
+    weight_decay: NonNegativeFloat = 0.02
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: float = 0.0
+    eps: PositiveFloat = 1e-8
+    clip: NonNegativeFloat = 0.0
     """Largest gradient norm; 0 does not clip."""
-    max_bad_steps: int = 20
+    max_bad_steps: PositiveInt = 20
     """Stop after so many steps in a row with a non-finite loss or gradient."""
 
 
 class Checkpoint(Section):
     """When the run is saved."""
 
-    every: int = 1000
+    every: PositiveInt = 1000
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = 3
+    keep: PositiveInt = 3
     """Newest checkpoints that are kept."""
 
 
 class Evaluation(Section):
     """Defaults of `vlscale eval` for this recipe."""
 
-    rerank: int = 128
+    rerank: NonNegativeInt = 128
     """First-stage candidates per query that ITM re-ranks."""
     itm_score: Literal["logit", "odds"] = "logit"
     """Re-rank by the logit of class 1, as ALBEF's release, or by the odds of a match: class 1 minus class 0."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
 
 
 class Recipe(Section):
@@ -247,12 +267,18 @@ class Recipe(Section):
     eval: Evaluation = Field(default_factory=Evaluation)
 
     @model_validator(mode="after")
-    def _loss_names(self) -> Recipe:
+    def _parts_fit(self) -> Recipe:
         known = LOSSES[self.system.name]
         unknown = sorted(set(self.weights) - set(known))
         if unknown:
             raise ValueError(
                 f"weights: {', '.join(unknown)} is no loss of {self.system.name}; it has {', '.join(known)}"
+            )
+        longest, rows = self.data.tokenizer.max_tokens, self.system.text.max_positions
+        if longest > rows:
+            raise ValueError(
+                f"data.tokenizer.max_tokens: texts of {longest} tokens need as many positions, "
+                f"system.text.max_positions is {rows}"
             )
         return self
 

@@ -25,6 +25,8 @@ class VisionEncoder(nn.Module):
         self.width: int = self.vit.embed_dim
         self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.patch: int = self.vit.patch_embed.patch_size[0]
+        if image_size % self.patch:
+            raise UserError(f"data.image_size: {image_size} is no multiple of the patch size {self.patch}")
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] float, normalised → [B, 1 + N, D], CLS first, cells row by row."""
