@@ -276,10 +276,7 @@ class Recipe(Section):
             )
         longest, rows = self.data.tokenizer.max_tokens, self.system.text.max_positions
         if longest > rows:
-            raise ValueError(
-                f"data.tokenizer.max_tokens: texts of {longest} tokens need as many positions, "
-                f"system.text.max_positions is {rows}"
-            )
+            raise ValueError(f"data.tokenizer.max_tokens: {longest} tokens, but system.text.max_positions is {rows}")
         return self
 
 

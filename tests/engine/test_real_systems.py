@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
         "intermediate": 64,
         "text_layers": 1,
         "fusion_layers": 1,
-        "max_positions": 16,
+        "max_positions": 32,
         "dropout": 0.1,
     },
     "embed_dim": 16,

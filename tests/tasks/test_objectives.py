@@ -19,6 +19,7 @@ from vlscale.data.sample import Batch, Sample
 from vlscale.data.text import TextTokenizer, build_tokenizer
 from vlscale.systems.protocol import ImageStates, TextStates
 from vlscale.systems.registry import build_system
+from vlscale.tasks.card import split_hash
 from vlscale.tasks.objectives import FUNCTION_WORDS, probe_objectives
 
 COLOURS = ("red", "green", "blue", "white", "black", "pink", "grey", "brown")
@@ -42,7 +43,7 @@ def recipe() -> Recipe:
         "model": "vit_tiny_patch16_224",
         "overrides": {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8},
     }
-    text = {"width": 16, "heads": 2, "intermediate": 16, "text_layers": 1, "fusion_layers": 1, "max_positions": 16}
+    text = {"width": 16, "heads": 2, "intermediate": 16, "text_layers": 1, "fusion_layers": 1, "max_positions": 32}
     system = {"name": "cb_vila", "vision": vision, "text": text, "embed_dim": 8, "codebook": {"size": 8}}
     return parse_recipe({"name": "probe", "system": system, "data": {"image_size": 32}}, "test")
 
@@ -155,7 +156,8 @@ def test_an_untrained_system_is_near_chance_and_the_file_says_what_was_probed(
     result = json.loads(run_objectives("somewhere").read_text())
     assert result["task"] == "objectives"
     assert result["protocol"]["pairs"] == 16
-    assert result["protocol"]["checkpoint"] == "step-00000003"
+    assert result["protocol"]["checkpoint"].endswith("step-00000003")
+    assert result["protocol"]["split_hash"] == split_hash(samples)
     metrics = result["metrics"]
     assert 0.2 < metrics["itm_accuracy"] < 0.8
     assert abs(metrics["mim_shuffle_rise"]) < 0.2

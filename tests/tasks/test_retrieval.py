@@ -19,8 +19,9 @@ from vlscale.data.sample import Batch, Sample
 from vlscale.data.text import TextTokenizer
 from vlscale.errors import UserError
 from vlscale.tasks import features
+from vlscale.tasks.card import split_hash
 from vlscale.tasks.recall import both_ways, ranks
-from vlscale.tasks.retrieval import evaluate_retrieval, retrieval_table, run_retrieval, split_hash
+from vlscale.tasks.retrieval import evaluate_retrieval, retrieval_table, run_retrieval
 
 Parts = tuple[nn.Module, list[Sample], Recipe, TextTokenizer]
 NAMES = {f"{p}{w}_r{k}" for p in ("", "itc_", "sum_") for w in ("t2i", "i2t") for k in (1, 5, 10)}

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,13 @@ from vlscale.data.images import normalize
 from vlscale.data.sample import Batch, Sample
 from vlscale.data.stream import evaluation_batches
 from vlscale.data.text import TextTokenizer
+from vlscale.interop.layout import write_json
 from vlscale.interop.run import load_run, run_samples
 from vlscale.objectives.matching import draw_negatives, itm_accuracy, valid_rows
 from vlscale.objectives.patches import draw_patch_mask
 from vlscale.objectives.reconstruction import mim_loss
 from vlscale.systems.protocol import System, TextStates
+from vlscale.tasks.card import origin, split_hash
 
 _FUNCTION_WORDS = """
 a an the this that these those there here it its is are was were be been being has have had do does did in on at of
@@ -76,12 +77,15 @@ def run_objectives(
     run = load_run(source)
     name, samples = run_samples(run, data, split, image_root)
     metrics = probe_objectives(cast(System, run.system), samples, run.recipe, run.tokenizer, run.device)
-    protocol = {"checkpoint": run.checkpoint.name, "step": run.step, "split": name, "pairs": len(samples), "seed": 0}
+    protocol = origin(run, data, name) | {
+        "resolution": run.recipe.data.image_size,
+        "split_hash": split_hash(samples),
+        "pairs": len(samples),
+        "seed": 0,
+    }
     path = out or run.folder / "eval" / "objectives.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"task": "objectives", "metrics": metrics, "protocol": protocol}, indent=2))
-    temporary.replace(path)
+    write_json(path, {"task": "objectives", "metrics": metrics, "protocol": protocol})
     return path
 
 

@@ -6,7 +6,6 @@ by ITM and first stage together. Where a system has no first stage every pair is
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from vlscale.data.sample import Sample
 from vlscale.data.text import TextTokenizer
 from vlscale.errors import UserError
 from vlscale.interop.layout import write_json
-from vlscale.interop.run import Run, load_run, run_samples
+from vlscale.interop.run import load_run, run_samples
 from vlscale.systems.protocol import System
+from vlscale.tasks.card import origin, split_hash
 from vlscale.tasks.features import OnProgress, Precision, encode_images, encode_texts
 from vlscale.tasks.recall import CUTOFFS, both_ways, chance
 from vlscale.tasks.stages import Direction, PairScores, every_pair, first_stage, score_pairs, second_stage
@@ -83,7 +83,7 @@ def run_retrieval(
         device=run.device,
         on_progress=on_progress,
     )
-    result.protocol = _origin(run, data, split_name) | result.protocol
+    result.protocol = origin(run, data, split_name) | result.protocol
     path = out or run.folder / "eval" / "retrieval.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"task": "retrieval", "metrics": result.metrics, "protocol": result.protocol})
@@ -201,32 +201,3 @@ def _card(
         "max_tokens": recipe.data.tokenizer.max_tokens,
         "seed": recipe.train.seed,
     }
-
-
-def split_hash(samples: list[Sample]) -> str:
-    """sha256 over ids and captions in order: equal exactly when the same questions were asked."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(json.dumps([sample.id, *sample.captions], ensure_ascii=False).encode())
-    return digest.hexdigest()
-
-
-def _origin(run: Run, data: str | None, split: str) -> dict[str, Any]:
-    """Which checkpoint, what it learned from and what it was asked."""
-    own = describe_data(run.recipe)
-    return {
-        "checkpoint": str(run.checkpoint),
-        "recipe": run.recipe.name,
-        "step": run.step,
-        "trained_on": own,
-        "samples_seen": run.step * run.recipe.train.global_batch,
-        "tuned_on": None,
-        "data": data or own,
-        "split": split,
-    }
-
-
-def describe_data(recipe: Recipe) -> str:
-    """The run's own data in words."""
-    scenes = recipe.data.scenes
-    return recipe.data.path or f"embedded scenes (train {scenes.train}, test {scenes.test}, seed {scenes.seed})"

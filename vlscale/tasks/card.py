@@ -1,0 +1,40 @@
+"""The part of the protocol card that every result file carries: which checkpoint, learned from what, asked what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from vlscale.config import Recipe
+from vlscale.data.sample import Sample
+from vlscale.interop.run import Run
+
+
+def split_hash(samples: list[Sample]) -> str:
+    """sha256 over ids and captions in order: equal exactly when the same questions were asked."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.id, *sample.captions], ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def origin(run: Run, data: str | None, split: str) -> dict[str, Any]:
+    """Which checkpoint, what it learned from and what it was asked."""
+    own = describe_data(run.recipe)
+    return {
+        "checkpoint": str(run.checkpoint),
+        "recipe": run.recipe.name,
+        "step": run.step,
+        "trained_on": own,
+        "samples_seen": run.step * run.recipe.train.global_batch,
+        "tuned_on": None,
+        "data": data or own,
+        "split": split,
+    }
+
+
+def describe_data(recipe: Recipe) -> str:
+    """The run's own data in words."""
+    scenes = recipe.data.scenes
+    return recipe.data.path or f"embedded scenes (train {scenes.train}, test {scenes.test}, seed {scenes.seed})"
