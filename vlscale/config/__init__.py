@@ -1,0 +1,56 @@
+"""The recipe: its schema, how it is found, overridden, resolved and written beside a run.
+
+Imports neither torch nor deepspeed. Unknown keys are errors; every field says what it is and in which unit.
+"""
+
+from vlscale.config.data import CLIP_MEAN, CLIP_STD, Augmentation, Data, Scenes, Tokenizer
+from vlscale.config.loading import (
+    apply_override,
+    cache_dir,
+    load_recipe,
+    parse_recipe,
+    recipe_names,
+    write_recipe,
+)
+from vlscale.config.recipe import Checkpoint, Evaluation, Recipe, Train
+from vlscale.config.section import Section
+from vlscale.config.systems import (
+    LOSSES,
+    AlbefSystem,
+    CbVilaSystem,
+    CodebookOptions,
+    MimOptions,
+    SystemConfig,
+    Teacher,
+    Text,
+    Vision,
+)
+
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "LOSSES",
+    "AlbefSystem",
+    "Augmentation",
+    "CbVilaSystem",
+    "Checkpoint",
+    "CodebookOptions",
+    "Data",
+    "Evaluation",
+    "MimOptions",
+    "Recipe",
+    "Scenes",
+    "Section",
+    "SystemConfig",
+    "Teacher",
+    "Text",
+    "Tokenizer",
+    "Train",
+    "Vision",
+    "apply_override",
+    "cache_dir",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_names",
+    "write_recipe",
+]

@@ -1,0 +1,130 @@
+"""The recipe's `system`: sizes and options of each system and of the parts they share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from vlscale.config.section import PositiveShare, Section, Share
+
+
+class Vision(Section):
+    """The vision transformer (timm)."""
+
+    model: str = "deit_base_patch16_224.fb_in1k"
+    """timm model name; `init` decides whether its weights are fetched."""
+    init: Literal["pretrained", "random"] | str = "random"
+    """`pretrained` fetches timm's weights, `random` starts from scratch, a path loads a local file."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Passed to timm: embed_dim, depth, num_heads, patch_size, mlp_ratio …"""
+
+
+class Text(Section):
+    """Text encoder and fusion encoder, BERT-compatible."""
+
+    width: PositiveInt = 768
+    heads: PositiveInt = 12
+    intermediate: PositiveInt = 3072
+    """Width of the feed-forward layers."""
+    text_layers: PositiveInt = 6
+    fusion_layers: PositiveInt = 6
+    max_positions: PositiveInt = 512
+    """Rows of the position table."""
+    dropout: Share = 0.1
+    """Hidden and attention dropout."""
+    norm: Literal["post", "pre"] = "post"
+    """`post` is BERT's; `pre` learns faster from scratch."""
+    init: str = "random"
+    """`random`, or a Hugging Face BERT name or local folder: first layers → text, last → fusion."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Text:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}: change one of them")
+        return self
+
+
+class Teacher(Section):
+    """Momentum teacher, queues and distillation (ALBEF section 3.3)."""
+
+    momentum: Share = 0.995
+    queue_size: PositiveInt = 65536
+    alpha: Share = 0.4
+    """Weight of the teacher's targets; rises linearly from 0 over epoch 0."""
+
+
+class CodebookOptions(Section):
+    """CB-ViLA's codebook (paper, eq. 1 and 3) and its health."""
+
+    size: PositiveInt = 3072
+    beta: NonNegativeFloat = 0.25
+    """Weight of the commitment term."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """`mean` averages the squared distance over dimensions; `sum` is eq. 3 to the letter."""
+    tau_start: PositiveFloat = 1.0
+    tau_end: PositiveFloat = 0.1
+    """Gumbel temperature, in units of the squared L2 distance, from start to end …"""
+    tau_until: PositiveShare = 0.8
+    """… reached after this share of the steps."""
+    init: Literal["kmeans", "random"] = "kmeans"
+    init_step: PositiveInt = 100
+    """Step after which k-means of its batch's features replaces the random codes."""
+    revive_after: NonNegativeInt = 100
+    """A code unused for so many steps is re-seeded from a feature of the batch; 0 switches revival off."""
+    revive_until: Share = 0.7
+    """Share of the steps after which no code is revived any more: revival moves MIM's targets."""
+
+
+class MimOptions(Section):
+    """Masked image modelling and the pixel term (paper, eq. 4 and section III-A)."""
+
+    ratio: Share = 0.75
+    """Share of the patches masked in every image."""
+    cls: bool = False
+    """Give the visual CLS to the queries, as Fig. 1's caption may be read; it leaks the unmasked image."""
+    norm_pix: bool = True
+    """Normalise each target patch by its own mean and deviation, as in MAE."""
+    share_pass: bool = False
+    """One fusion pass on z_q for MIM and pixel; the codebook then learns from eq. 3's second term alone."""
+    block: PositiveInt = 1
+    """Side, in patches, of the squares that are masked together; 1 masks single patches as in the paper."""
+
+
+class _VitSystem(Section):
+    vision: Vision = Field(default_factory=Vision)
+    text: Text = Field(default_factory=Text)
+    embed_dim: PositiveInt = 256
+    """Width of the shared space of the contrastive projections."""
+    temperature: PositiveFloat = 0.07
+    """Initial value of the learned divisor of similarities."""
+    mlm_probability: Share = 0.15
+    """Share of the word tokens masked for MLM."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
+class AlbefSystem(_VitSystem):
+    """ALBEF: ITC + ITM + MLM with momentum distillation."""
+
+    name: Literal["albef"] = "albef"
+    teacher: Teacher = Field(default_factory=Teacher)
+
+
+class CbVilaSystem(_VitSystem):
+    """CB-ViLA: a codebook learned by a language-conditioned VQ-VAE."""
+
+    name: Literal["cb_vila"] = "cb_vila"
+    codebook: CodebookOptions = Field(default_factory=CodebookOptions)
+    mim: MimOptions = Field(default_factory=MimOptions)
+    warmup_steps: NonNegativeInt = 1000
+    """Steps with ITC, ITM and the pixel/codebook terms only; then MIM and MLM join."""
+
+
+SystemConfig = Annotated[AlbefSystem | CbVilaSystem, Field(discriminator="name")]
+
+LOSSES: dict[str, tuple[str, ...]] = {
+    "albef": ("itc", "itm", "mlm"),
+    "cb_vila": ("itc", "itm", "mlm", "mim", "pixel", "codebook"),
+}
+"""Names that `weights` may use, per system; each system's test holds its forward to them."""
