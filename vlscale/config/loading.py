@@ -38,7 +38,7 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_first_error(error)}") from None
+        raise UserError(f"{source}: {first_error(error)}") from None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -116,7 +116,8 @@ def _number_or(value: Any) -> Any:
     return value
 
 
-def _first_error(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong, as `key: reason`."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in LOSSES)
     message = first["msg"].removeprefix("Value error, ")

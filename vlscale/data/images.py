@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from vlscale.config import Augmentation, Data
 from vlscale.data.augment import rand_augment
+from vlscale.data.sample import ImageFile, TarMember
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded (Pillow's own limit: a quarter of a gigabyte of RGB)."""
@@ -43,14 +44,14 @@ class ImageError(Exception):
     """An image that can't be used; says why, without the path."""
 
 
-def load_image(path: Path | str) -> Image.Image:
+def load_image(file: ImageFile | str) -> Image.Image:
     """The file as upright 8-bit RGB: EXIF rotation applied, transparency over white, first frame of an animation.
 
     Raises:
         ImageError: missing, no image, truncated, broken or larger than MAX_PIXELS.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(file.read()) if isinstance(file, TarMember) else file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{image.width} × {image.height} pixels, more than the limit of {MAX_PIXELS:,}")
             image.load()

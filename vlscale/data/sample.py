@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,108 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Box = tuple[float, float, float, float]
+"""x1, y1, x2, y2 as shares of the image's width and height."""
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A file inside a tar, read by its position: nothing is unpacked, so no path can leave the tar."""
+
+    tar: str
+    name: str
+    offset: int
+    """Of the first byte of the content."""
+    length: int
+    """In bytes."""
+
+    def __str__(self) -> str:
+        return f"{self.tar}:{self.name}"
+
+    def read(self) -> bytes:
+        """The content.
+
+        Raises:
+            OSError: the tar is gone, or shorter than it was.
+        """
+        file = os.open(self.tar, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            content = os.pread(file, self.length, self.offset)
+        finally:
+            os.close(file)
+        if len(content) < self.length:
+            raise OSError(f"the tar ends {self.length - len(content)} bytes early")
+        return content
+
+
+ImageFile = Path | TarMember
+
+
+@dataclass(frozen=True, slots=True)
+class Phrase:
+    """Words of a caption and where they are in the image (Flickr30k Entities, Visual Genome)."""
+
+    text: str
+    boxes: tuple[Box, ...] = ()
+    """Several where one phrase names several things; none where `unseen` says why."""
+    caption: int = -1
+    """Which caption of the sample; -1: none, the phrase stands alone."""
+    first_word: int = -1
+    """Number of its first word, the caption split at spaces."""
+    entity: str = ""
+    """Equal for phrases that mean the same thing."""
+    kinds: tuple[str, ...] = ()
+    """people, clothing, scene …"""
+    unseen: str = ""
+    """Why there is no box: `notvisual`, `scene` (the whole image) or `nobox`; empty where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about the image with everybody's answers."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...] = ()
+    """As people gave them (ten in VQA v2); none in a test split."""
+    kind: str = ""
+    """The data set's answer or question type, for scores by type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A sentence to be judged: SNLI-VE's hypotheses, NLVR2's statements."""
+
+    id: str
+    text: str
+    label: str = ""
+    """`entailment`, `neutral`, `contradiction`; or `true`, `false`; empty where it is not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image with its texts and whatever its source knows of it."""
+    """One image (NLVR2: a pair) with its texts and whatever its source knows of it."""
 
     id: str
-    """Unique in its data set; the image path where the source gives none."""
-    image: Path
+    """Unique in its source; the image path where the source gives none."""
+    image: ImageFile
     captions: tuple[str, ...] = ()
     split: str = "train"
-    boxes: tuple[tuple[float, float, float, float], ...] = ()
-    """x1, y1, x2, y2 as shares of the image's width and height."""
+    boxes: tuple[Box, ...] = ()
     tags: tuple[str, ...] = ()
-    """One per box."""
+    """One per box; without boxes, of the whole image."""
+    confidences: tuple[float, ...] = ()
+    """One per tag, where a detector or an annotator gave them."""
     tuples: tuple[tuple[str, ...], ...] = ()
     """Scene-graph tuples: (object,), (attribute, object) or (subject, relation, object)."""
+    phrases: tuple[Phrase, ...] = ()
+    questions: tuple[Question, ...] = ()
+    statements: tuple[Statement, ...] = ()
+    second: ImageFile | None = None
+    """The right image of a pair; `image` is the left one."""
+    aliases: tuple[str, ...] = ()
+    """What the photograph is called elsewhere: `coco:391895`, `flickr:2970773875`, `vg:1` … Two samples that share one
+    show the same photograph."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Keys of the source that vlscale has no name for, kept as they are."""
 
@@ -51,11 +138,11 @@ class Batch:
     attention_mask: Tensor
     """[B, L] int64, 1 = attend; rows end in padding."""
     image_ids: Tensor
-    """[B] int64, equal where the image is the same."""
+    """[B] int64, equal where the image is the same; in evaluation the sample's index."""
     sample_ids: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """Unreadable images that were replaced by the next good one in the order: `path: reason`."""
+    """Unreadable samples that were replaced by the next good one in the order: `path: reason`."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""

@@ -12,7 +12,7 @@ from statistics import median
 
 from vlscale.config import Tokenizer
 from vlscale.data.images import ImageError, load_image
-from vlscale.data.sample import Sample
+from vlscale.data.sample import ImageFile, Sample
 from vlscale.data.sources import annotation_file
 from vlscale.data.sources.jsonl import Line, scan_jsonl
 from vlscale.data.text import clean_caption
@@ -73,7 +73,7 @@ def validate(
 def _repeated(records: Sequence[tuple[Line, Sample]]) -> Iterator[str]:
     """Ids and images that occur on several lines."""
     ids: dict[str, int] = {}
-    images: dict[Path, int] = {}
+    images: dict[ImageFile, int] = {}
     for line, sample in records:
         first = ids.setdefault(sample.id, line.number)
         where = images.setdefault(sample.image, line.number)
@@ -98,7 +98,7 @@ def _record_problems(sample: Sample) -> Iterator[str]:
 
 
 def _decode(
-    images: Sequence[Path], on_progress: Callable[[int, int], None] | None
+    images: Sequence[ImageFile], on_progress: Callable[[int, int], None] | None
 ) -> tuple[list[tuple[int, int]], list[str]]:
     """Width and height of every image that decodes, and one line for each that does not."""
     sizes: list[tuple[int, int]] = []
@@ -112,7 +112,7 @@ def _decode(
     return sizes, broken
 
 
-def _size(path: Path) -> tuple[int, int] | str:
+def _size(path: ImageFile) -> tuple[int, int] | str:
     try:
         return load_image(path).size
     except ImageError as error:

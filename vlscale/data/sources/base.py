@@ -1,0 +1,195 @@
+"""What every reader of a public format is given, and what it gives: source in, notes beside, samples out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import PositiveFloat
+
+from vlscale.config import Section
+from vlscale.data.sample import Sample
+from vlscale.data.sources.fields import FieldError
+from vlscale.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+class Source(Section):
+    """A published data set: its files, and what to take of it. Written `FORMAT:PATH,key=value,…` or as a mapping."""
+
+    format: str
+    """Name of a reader; see `vlscale data formats`."""
+    path: str
+    """The annotation file or folder; for tars also a pattern such as `{00000..00012}.tar`."""
+    images: str | None = None
+    """Folder of the images; default: beside the annotations, or in images/ there."""
+    questions: str | None = None
+    """VQA v2: the question file that belongs to the annotations."""
+    annotations: str | None = None
+    """VQA v2: the annotations that belong to the question file."""
+    attributes: str | None = None
+    """Visual Genome: attributes.json."""
+    image_data: str | None = None
+    """Visual Genome: image_data.json, with image sizes and COCO ids."""
+    classes: str | None = None
+    """Open Images: class-descriptions CSV, from label to name."""
+    labels: str | None = None
+    """VinVL: labels.tsv; Open Images: image-level labels CSV."""
+    sizes: str | None = None
+    """VinVL: the TSV with heights and widths."""
+    sentences: str | None = None
+    """Flickr30k Entities: the Sentences folder, where it is not beside Annotations."""
+    captions: str | None = None
+    """SBU: the captions file that belongs to the URLs; Open Images: `tags` makes one caption of the labels."""
+    name: str | None = None
+    """Conceptual Captions, SBU: an image's file name, with {row}, {file}, {crc32}, {md5}, {sha1} of its URL."""
+    split: str | None = None
+    """Put every sample into this split."""
+    splits: str | None = None
+    """Take each image's split from this file (jsonl or Karpathy's JSON), matched by the image's file name."""
+    only: list[str] | None = None
+    """Take samples of these splits only."""
+    weight: PositiveFloat = 1.0
+    """How often its samples come per epoch: 2 twice, 0.5 every other epoch."""
+
+    def __str__(self) -> str:
+        return f"{self.format}:{self.path}"
+
+
+FILE_KEYS = (
+    "path",
+    "images",
+    "questions",
+    "annotations",
+    "attributes",
+    "image_data",
+    "classes",
+    "labels",
+    "sizes",
+    "sentences",
+    "splits",
+)
+"""Keys of `Source` that are paths."""
+
+COMMON_KEYS = frozenset({"format", "path", "images", "split", "splits", "only", "weight"})
+"""Keys of `Source` that every format has."""
+
+
+@dataclass
+class Notes:
+    """What a reader noticed beside the samples. Strict notes end at the first wrong record, others collect them."""
+
+    strict: bool = True
+    counts: Counter[str] = field(default_factory=Counter)
+    """Name → number, such as "rows without caption": what was left out, and why."""
+    missing: list[str] = field(default_factory=list)
+    """Images that are not there; their samples were left out."""
+    problems: list[str] = field(default_factory=list)
+    """Wrong records, one line each: file, record, field, what was expected."""
+
+    @contextmanager
+    def record(self, file: Path | str, where: object) -> Iterator[None]:
+        """Around the reading of one record: a FieldError becomes a line with file and record; the record is left out.
+
+        Args:
+            where: names the record: `record 17`, `line 3`, `image 25`.
+
+        Raises:
+            UserError: the record is wrong and the notes are strict.
+        """
+        try:
+            yield
+        except FieldError as error:
+            line = f"{file}, {where}: {error}"
+            if self.strict:
+                raise UserError(line) from None
+            self.problems.append(line)
+
+    def say(self, source: object) -> None:
+        """Log, once, what was left out."""
+        for name, number in self.counts.items():
+            _log.warning("%s: %s: %d", source, name, number)
+        if self.missing:
+            _log.warning("%s: %d images are missing, first: %s", source, len(self.missing), self.missing[0])
+
+
+class Images:
+    """Finds image files; folders are listed once: asking a shared file system for each of millions takes hours."""
+
+    def __init__(self, source: Source, notes: Notes, annotations: Path) -> None:
+        """`annotations`: the file or folder beside which images are looked for where the source names no folder."""
+        near = annotations if annotations.is_dir() else annotations.parent
+        if source.images is not None and not Path(source.images).is_dir():
+            raise UserError(f"{source}: images={source.images}: no such folder; give the folder that holds the images")
+        roots = [near, near / "images"] if source.images is None else [Path(source.images)]
+        self.roots = [str(root) for root in roots]
+        self._notes = notes
+        self._listings: dict[str, frozenset[str]] = {}
+        self._sorted: dict[str, list[str]] = {}
+
+    def find(self, *names: str) -> Path | None:
+        """The first of `names` (relative paths, best first) that is there; None, and a note, where none is.
+
+        Raises:
+            FieldError: a name leaves the folder.
+        """
+        for name in names:
+            if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+                raise FieldError(f"expected an image path inside the image folder, got {name!r}")
+            for root in self.roots:
+                folder, file = os.path.split(os.path.join(root, name))
+                if file in self._listing(folder):
+                    return Path(folder, file)
+        self._notes.missing.append(names[0])
+        return None
+
+    def starting_with(self, prefix: str, folder: str = "") -> Path | None:
+        """The one file directly in a root's `folder` whose name starts so (Flickr8k: photo id, then a secret)."""
+        for root in self.roots:
+            place = os.path.join(root, folder) if folder else root
+            found = self._by_prefix(place, prefix)
+            if found is not None:
+                return Path(place, found)
+        self._notes.missing.append(prefix)
+        return None
+
+    def _listing(self, folder: str) -> frozenset[str]:
+        if folder not in self._listings:
+            try:
+                self._listings[folder] = frozenset(os.listdir(folder))
+            except OSError:
+                self._listings[folder] = frozenset()
+        return self._listings[folder]
+
+    def _by_prefix(self, folder: str, prefix: str) -> str | None:
+        if folder not in self._sorted:
+            self._sorted[folder] = sorted(self._listing(folder))
+        names = self._sorted[folder]
+        place = bisect_left(names, prefix)
+        return names[place] if place < len(names) and names[place].startswith(prefix) else None
+
+
+Reader = Callable[[Source, Notes], Iterator[Sample]]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A public annotation format."""
+
+    name: str
+    help: str
+    """What it is, in half a line."""
+    read: Reader
+    suffixes: tuple[str, ...] = ()
+    """File endings it comes with; empty: a folder."""
+    signs: tuple[str, ...] = ()
+    """Regular expressions that all occur in the first or last 64 KB of its file, and in no other format's."""
+    keys: frozenset[str] = frozenset()
+    """Keys of `Source` that it reads besides COMMON_KEYS."""

@@ -1,0 +1,120 @@
+"""Every public format by name; which one a file is; and a source's samples with its split options applied."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from vlscale.config.loading import first_error
+from vlscale.data.sample import Sample
+from vlscale.data.sources import jsonl
+from vlscale.data.sources.base import COMMON_KEYS, FILE_KEYS, Format, Notes, Source
+from vlscale.errors import UserError
+
+FORMATS: dict[str, Format] = {entry.name: entry for module in (jsonl,) for entry in module.FORMATS}
+
+_PEEK = 1 << 16
+
+
+def parse_source(text: str) -> Source:
+    """`FORMAT:PATH,key=value,…`, where FORMAT: may be left out if the file tells.
+
+    Raises:
+        UserError: no such format or key, a key that the format doesn't read, or a file that doesn't tell.
+    """
+    body, *options = re.split(r",(?=[a-z_]+=)", text)
+    name, separator, path = body.partition(":")
+    if not separator or name not in FORMATS:
+        if separator and re.fullmatch(r"[a-z0-9-]+", name) and not os.path.exists(body):
+            raise UserError(f"source {text}: no format {name!r}; there are {', '.join(sorted(FORMATS))}")
+        name, path = "", body
+    tree = {"format": name, "path": path}
+    for option in options:
+        key, _, value = option.partition("=")
+        tree[key] = value
+    return make_source(tree, f"source {text}")
+
+
+def make_source(tree: dict[str, object], where: str, root: Path | None = None) -> Source:
+    """A source from its keys; `where` names it in errors, `root` is what its paths are relative to.
+
+    Raises:
+        UserError: see parse_source.
+    """
+    tree = dict(tree)
+    if isinstance(tree.get("only"), str):
+        tree["only"] = str(tree["only"]).split("+")
+    for key in FILE_KEYS:
+        value = tree.get(key)
+        if isinstance(value, str) and value:
+            tree[key] = os.path.join(root or "", os.path.expanduser(value))
+    if not tree.get("format"):
+        tree["format"] = detect(str(tree.get("path", "")), where)
+    try:
+        source = Source.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_error(error)}") from None
+    if source.format not in FORMATS:
+        raise UserError(f"{where}: no format {source.format!r}; there are {', '.join(sorted(FORMATS))}")
+    known = COMMON_KEYS | FORMATS[source.format].keys
+    for key in sorted(source.model_fields_set - known):
+        raise UserError(f"{where}: {source.format} reads no key {key!r}; it has {', '.join(sorted(known))}")
+    return source
+
+
+def detect(path: str, where: str) -> str:
+    """The name of the format that a file or folder is, by its ending and what stands in its first and last 64 KB.
+
+    Raises:
+        UserError: there is nothing, or it is none or several of the formats.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"{where}: {path or '(no path)'}: no such file or folder")
+    found = [entry.name for entry in FORMATS.values() if _is(entry, Path(path))]
+    if len(found) != 1:
+        what = f"could be {' or '.join(found)}" if found else "is none of the known formats by its looks"
+        raise UserError(f"{where}: {path} {what}; write FORMAT:PATH, with one of {', '.join(sorted(FORMATS))}")
+    return found[0]
+
+
+def _is(entry: Format, path: Path) -> bool:
+    if path.is_dir():
+        return not entry.suffixes and bool(entry.signs) and all(_inside(path, sign) for sign in entry.signs)
+    if not entry.suffixes or not path.name.endswith(entry.suffixes):
+        return False
+    with path.open("rb") as file:
+        head = file.read(_PEEK)
+        file.seek(max(0, path.stat().st_size - _PEEK))
+        tail = file.read(_PEEK)
+    seen = (head + b"\n" + tail).decode("utf-8", "replace")
+    return all(re.search(sign, seen) for sign in entry.signs)
+
+
+def _inside(folder: Path, sign: str) -> bool:
+    """For folders a sign is a glob pattern of what lies in it."""
+    return next(folder.glob(sign), None) is not None
+
+
+def read_source(source: Source, notes: Notes) -> Iterator[Sample]:
+    """The source's samples in the order of its files, with `split`, `splits` and `only` applied.
+
+    Raises:
+        UserError: a file can't be read, or (strict notes) a record is wrong.
+    """
+    splits = None if source.splits is None else _splits(source.splits)
+    for sample in FORMATS[source.format].read(source, notes):
+        split = sample.split if splits is None else splits.get(Path(str(sample.image)).name, sample.split)
+        split = source.split or split
+        if source.only is None or split in source.only:
+            yield sample if split == sample.split else replace(sample, split=split)
+
+
+def _splits(path: str) -> dict[str, str]:
+    """Image file name → split."""
+    other = make_source({"path": path}, f"splits={path}")
+    return {Path(str(sample.image)).name: sample.split for sample in read_source(other, Notes())}
