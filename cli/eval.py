@@ -17,7 +17,8 @@ app = typer.Typer(
 
 RunOption = Annotated[str, typer.Option("--from", metavar="RUN", help="A run folder or one of its checkpoints.")]
 DataOption = Annotated[
-    Path | None, typer.Option(exists=True, help="A jsonl file or a folder of `vlscale data`; default: the run's own.")
+    str | None,
+    typer.Option(metavar="SOURCE", help="Annotations, shards, tars or a data recipe (.yaml); default: the run's own."),
 ]
 ImageRootOption = Annotated[
     Path | None, typer.Option(exists=True, file_okay=False, help="Folder that image paths are relative to.")
@@ -44,7 +45,7 @@ def retrieval(
     with terminal.progress() as report:
         result = run_retrieval(
             source,
-            data=_text(data),
+            data=data,
             split=split,
             rerank=rerank,
             out=out,
@@ -67,7 +68,7 @@ def objectives(
     launch.set_threads(threads, 1)
     from vlscale.tasks.objectives import run_objectives
 
-    result = run_objectives(source, data=_text(data), split=split, out=out, image_root=_text(image_root))
+    result = run_objectives(source, data=data, split=split, out=out, image_root=_text(image_root))
     terminal.print_result(result, split)
 
 

@@ -33,7 +33,7 @@ def codebook_inspect(
 
     page = inspect_codebook(
         run,
-        data=_text(data),
+        data=data,
         split=split,
         codes=codes,
         code=code,
@@ -59,7 +59,5 @@ def reconstructions(
     launch.set_threads(threads, 1)
     from vlscale.inspect.reconstructions import inspect_reconstructions
 
-    picture = inspect_reconstructions(
-        run, data=_text(data), split=split, count=count, out=out, image_root=_text(image_root)
-    )
+    picture = inspect_reconstructions(run, data=data, split=split, count=count, out=out, image_root=_text(image_root))
     print(picture)

@@ -24,9 +24,9 @@ def pretrain(
         str, typer.Option(help="DeepSpeed config: a shipped name, a JSON file, or auto (what this machine can do).")
     ] = "auto",
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            exists=True, help="A jsonl file or a folder made by `vlscale data`; default: the embedded scenes."
+            metavar="SOURCE", help="Annotations, shards, tars or a data recipe (.yaml); default: the embedded scenes."
         ),
     ] = None,
     image_root: Annotated[
@@ -70,12 +70,12 @@ def pretrain(
         print(f"{result.out}: {result.step} steps done, {result.seconds:.0f} s")
 
 
-def _overrides(pairs: list[str] | None, data: Path | None, image_root: Path | None) -> list[str]:
-    """`--set` pairs followed by the options that stand for a key; paths absolute, a run is read from anywhere."""
+def _overrides(pairs: list[str] | None, data: str | None, image_root: Path | None) -> list[str]:
+    """`--set` pairs followed by the options that stand for a key."""
     result = list(pairs or [])
-    for key, path in (("data.path", data), ("data.image_root", image_root)):
-        if path is not None:
-            result.append(f"{key}={json.dumps(str(path.resolve()))}")
+    for key, value in (("data.path", data), ("data.image_root", image_root)):
+        if value is not None:
+            result.append(f"{key}={json.dumps(str(value))}")
     return result
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from vlscale.config import Recipe, write_recipe
 from vlscale.data.sample import Sample
-from vlscale.data.sources import read_data
+from vlscale.data.open import read_data
 from vlscale.data.text import TextTokenizer, build_tokenizer
 from vlscale.interop import layout
 from vlscale.interop.export import module_tensors, write_tensors

@@ -10,7 +10,7 @@ import pytest
 from tests.data.corpus import shared, write_jsonl
 from vlscale.config import Data
 from vlscale.data.sample import Sample
-from vlscale.data.sources import evaluation_split, read_data, training_split
+from vlscale.data.open import evaluation_split, read_data, training_split
 from vlscale.data.sources.jsonl import read_jsonl
 from vlscale.errors import UserError
 
@@ -135,7 +135,7 @@ def test_training_takes_train_and_restval_only() -> None:
 
 def test_records_without_split_train(tmp_path: Path) -> None:
     samples = read_jsonl(write_jsonl(tmp_path / "c.jsonl", [{"image": "a", "captions": ["b"]}]))
-    assert training_split(samples) == samples
+    assert list(training_split(samples)) == samples
 
 
 def test_evaluation_prefers_test_and_knows_that_dev_is_val() -> None:
@@ -152,7 +152,7 @@ def test_evaluation_prefers_test_and_knows_that_dev_is_val() -> None:
 
 def test_records_without_captions_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     samples = _samples("train", "train") + _samples("train", captions=()) + _samples("train", captions=(" ",))
-    assert training_split(samples) == samples[:2]
+    assert list(training_split(samples)) == samples[:2]
     assert "2 of 4 records have no caption" in caplog.text
     with pytest.raises(UserError, match="its 1 records have no captions"):
         training_split(_samples("train", captions=()))

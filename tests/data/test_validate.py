@@ -30,7 +30,7 @@ def test_a_clean_folder(folder: Path) -> None:
     assert (report.counts["records"], report.counts["captions"], report.counts["images that decode"]) == ("3", "6", "3")
     assert report.counts["image width"] == "40 px"
     assert report.splits == {"train": 3}
-    assert done[-1] == (3, 3)
+    assert done[-1] == ("decoding", 3, 3)
     result = CliRunner().invoke(app, ["validate", str(folder)])
     assert result.exit_code == 0
     assert "no problems" in result.output

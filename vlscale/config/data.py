@@ -49,9 +49,15 @@ class Data(Section):
     """Where samples come from and how they become tensors."""
 
     path: str | None = None
-    """A jsonl file or a folder made by `vlscale data`; none means the embedded scenes."""
+    """A source, a data recipe (.yaml, or a shipped corpus by name) or a folder made by `vlscale data`; none means the
+    embedded scenes."""
     image_root: str | None = None
-    """Folder that image paths are relative to; default: beside the file, else images/ beside it."""
+    """Folder that image paths are relative to; default: beside the file, else images/ beside it. Of a data recipe: the
+    folder that all its paths are relative to."""
+    skip_broken_shards: bool = False
+    """Go on without shards that are missing or damaged, instead of an error at the start."""
+    window: PositiveInt = 65536
+    """Samples that are shuffled together; data of that size or smaller is shuffled as a whole."""
     image_size: PositiveInt = 256
     """Side of the square input in pixels."""
     mean: tuple[float, float, float] = CLIP_MEAN

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlscale.data.files import read_span
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2 as shares of the image's width and height."""
@@ -34,17 +35,14 @@ class TarMember:
         Raises:
             OSError: the tar is gone, or shorter than it was.
         """
-        file = os.open(self.tar, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            content = os.pread(file, self.length, self.offset)
-        finally:
-            os.close(file)
-        if len(content) < self.length:
-            raise OSError(f"the tar ends {self.length - len(content)} bytes early")
-        return content
+        return read_span(self.tar, self.offset, self.length)
 
 
 ImageFile = Path | TarMember
+
+
+class SampleError(Exception):
+    """A sample that can't be used: says why, in one line."""
 
 
 @dataclass(frozen=True, slots=True)

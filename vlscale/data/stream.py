@@ -6,62 +6,27 @@ caption, crop and augmentation of (seed, epoch, sample id). Workers are given wh
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlscale.config import Data
+from vlscale.data.corpus import Corpus, SampleList, as_corpus, has_caption, image_identity
 from vlscale.data.images import ImageError, eval_transform, load_image, train_transform
-from vlscale.data.sample import Batch, Sample
+from vlscale.data.order import Order, ShuffledOrder, generator, number_of
+from vlscale.data.sample import Batch, Sample, SampleError
 from vlscale.data.text import TextTokenizer
 from vlscale.data.workers import context, start_worker, warm_up
 from vlscale.errors import UserError
 
 MAX_REPLACEMENTS = 1000
-"""So many unreadable images in a row (or the whole epoch, where it is smaller) mean wrong paths, not broken files."""
+"""So many unreadable samples in a row (or the whole epoch, where it is smaller) mean wrong paths, not broken files."""
 
 _SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
-
-
-class Order(Protocol):
-    """The concatenated epochs: position in the whole training → epoch and index of the sample."""
-
-    def __len__(self) -> int:
-        """Samples per epoch."""
-        ...
-
-    def at(self, position: int) -> tuple[int, int]:
-        """Epoch and sample index of a position ≥ 0."""
-        ...
-
-
-class ShuffledOrder:
-    """Every epoch a permutation of all samples, drawn from (seed, epoch)."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self._size = size
-        self._seed = seed
-        self._permutations: dict[int, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return self._size
-
-    def at(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self._size)
-        return epoch, int(self._permutation(epoch)[offset])
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            # A step may straddle two epochs: the one before stays, older ones go.
-            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
-            self._permutations[epoch] = _generator(self._seed, epoch).permutation(self._size)
-        return self._permutations[epoch]
 
 
 class Stream:
@@ -86,19 +51,21 @@ class Stream:
         workers: int = 0,
         order: Order | None = None,
     ) -> None:
-        if not samples:
+        corpus = as_corpus(samples)
+        if not len(corpus):
             raise UserError("data: no samples to train on")
         if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * world):
             raise UserError(
                 f"train.global_batch: {global_batch} is no multiple of micro_batch × ranks = {micro_batch} × {world}; "
                 "change train.global_batch or train.micro_batch"
             )
-        self.steps_per_epoch: float = len(samples) / global_batch
+        self._order: Order = order or ShuffledOrder(corpus.parts(), seed, data.window)
+        self.steps_per_epoch: float = len(self._order) / global_batch
         self.micro_batches_per_step: int = global_batch // (micro_batch * world)
-        self._order: Order = order or ShuffledOrder(len(samples), seed)
         self._global_batch, self._micro_batch = global_batch, micro_batch
+        _check_captions(corpus)
         self._rank, self._world, self._start_step = rank, world, start_step
-        self._dataset = _TrainingBatches(samples, data, tokenizer, seed, self._order)
+        self._dataset = _TrainingBatches(corpus, data, tokenizer, seed, self._order)
         self._workers = workers
         if workers:
             warm_up()  # the caller builds its engine meanwhile
@@ -141,7 +108,7 @@ def evaluation_batches(samples: Sequence[Sample], data: Data, batch_size: int) -
 
     `image_ids` are indices into `samples`. An image that can't be read is left out of its batch and named in `skipped`.
     """
-    dataset = _EvaluationBatches(samples, data)
+    dataset = _EvaluationBatches(as_corpus(samples), data)
     positions = (list(range(i, min(i + batch_size, len(samples)))) for i in range(0, len(samples), batch_size))
     # Starting workers takes seconds: only worth it for many images.
     workers = data.workers if len(samples) >= 2000 else 0
@@ -152,25 +119,20 @@ def evaluation_batches(samples: Sequence[Sample], data: Data, batch_size: int) -
 class _TrainingBatches(Dataset[Any]):
     """A list of positions → the fields of a Batch, or the UserError that ends the run. Runs in the workers."""
 
-    def __init__(
-        self, samples: Sequence[Sample], data: Data, tokenizer: TextTokenizer, seed: int, order: Order
-    ) -> None:
-        self._ids = [sample.id for sample in samples]
-        self._images = [str(sample.image) for sample in samples]
-        self._captions = [_usable(sample) for sample in samples]
-        self._image_ids = _image_ids(self._images)
+    def __init__(self, corpus: Corpus, data: Data, tokenizer: TextTokenizer, seed: int, order: Order) -> None:
+        self._corpus = corpus
         self._data, self._tokenizer, self._seed, self._order = data, tokenizer, seed, order
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any] | UserError:
         size = self._data.image_size
         images = torch.empty(len(positions), 3, size, size, dtype=torch.uint8)
-        indices: list[int] = []
+        samples: list[Sample] = []
         texts: list[str] = []
         skipped: list[str] = []
         try:
             for row, position in enumerate(positions):
-                index, images[row], text = self._readable(position, skipped)
-                indices.append(index)
+                sample, images[row], text = self._readable(position, skipped)
+                samples.append(sample)
                 texts.append(text)
         except UserError as error:  # as a value: the loader would wrap it into a traceback
             return error
@@ -179,56 +141,60 @@ class _TrainingBatches(Dataset[Any]):
             "images": images,
             "input_ids": input_ids,
             "attention_mask": mask,
-            "image_ids": torch.tensor([self._image_ids[index] for index in indices]),
-            "sample_ids": [self._ids[index] for index in indices],
+            "image_ids": torch.tensor([number_of(image_identity(sample)) >> 1 for sample in samples]),
+            "sample_ids": [sample.id for sample in samples],
             "texts": texts,
             "skipped": skipped,
         }
 
-    def _readable(self, position: int, skipped: list[str]) -> tuple[int, Tensor, str]:
-        """The sample at `position`, or the next one in the order whose image can be read."""
+    def _readable(self, position: int, skipped: list[str]) -> tuple[Sample, Tensor, str]:
+        """The sample at `position`, or the next one in the order that can be read."""
         limit = min(len(self._order), MAX_REPLACEMENTS)
         for candidate in range(position, position + limit):
-            epoch, index = self._order.at(candidate)
+            walk, index = self._order.at(candidate)
             try:
-                return (index, *self._draw(epoch, index))
-            except ImageError as error:
-                skipped.append(f"{self._images[index]}: {error}")
+                sample = self._corpus.sample(index)
+                return (sample, *self._draw(walk, sample))
+            except (ImageError, SampleError) as error:
+                skipped.append(f"{self._corpus.where(index)}: {error}")
         raise UserError(
-            f"data: none of {limit} images in a row can be read, the last one is {skipped[-1]}; check data.image_root"
+            f"data: none of {limit} samples in a row can be read, the last one is {skipped[-1]}; check data.image_root"
         )
 
-    def _draw(self, epoch: int, index: int) -> tuple[Tensor, str]:
-        generator = _generator(self._seed, epoch, _number(self._ids[index]))
-        captions = self._captions[index]
-        text = captions[int(generator.integers(len(captions)))]
-        transform = train_transform(self._data, generator, allow_flip=_SIDES.search(text) is None)
-        return transform(load_image(self._images[index])), text
+    def _draw(self, walk: int, sample: Sample) -> tuple[Tensor, str]:
+        """Image and caption of the sample's `walk`-th time."""
+        drawn = generator(self._seed, walk, number_of(sample.id))
+        captions = [caption for caption in sample.captions if caption.strip()]
+        if not captions:
+            raise SampleError("no caption")
+        text = captions[int(drawn.integers(len(captions)))]
+        transform = train_transform(self._data, drawn, allow_flip=_SIDES.search(text) is None)
+        return transform(load_image(sample.image)), text
 
 
 class _EvaluationBatches(Dataset[Any]):
     """A list of indices → the fields of a Batch without text."""
 
-    def __init__(self, samples: Sequence[Sample], data: Data) -> None:
-        self._ids = [sample.id for sample in samples]
-        self._images = [str(sample.image) for sample in samples]
-        self._data = data
+    def __init__(self, corpus: Corpus, data: Data) -> None:
+        self._corpus, self._data = corpus, data
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         transform, size = eval_transform(self._data), self._data.image_size
-        images, kept, skipped = [], [], []
+        images, kept, ids, skipped = [], [], [], []
         for index in indices:
             try:
-                images.append(transform(load_image(self._images[index])))
+                sample = self._corpus.sample(index)
+                images.append(transform(load_image(sample.image)))
                 kept.append(index)
-            except ImageError as error:
-                skipped.append(f"{self._images[index]}: {error}")
+                ids.append(sample.id)
+            except (ImageError, SampleError) as error:
+                skipped.append(f"{self._corpus.where(index)}: {error}")
         return {
             "images": torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
             "input_ids": torch.empty(len(kept), 0, dtype=torch.int64),
             "attention_mask": torch.empty(len(kept), 0, dtype=torch.int64),
             "image_ids": torch.tensor(kept, dtype=torch.int64),
-            "sample_ids": [self._ids[index] for index in kept],
+            "sample_ids": ids,
             "skipped": skipped,
         }
 
@@ -257,25 +223,9 @@ def _batch(item: dict[str, Any] | UserError) -> Batch:
     return Batch(**item)
 
 
-def _usable(sample: Sample) -> tuple[str, ...]:
-    captions = tuple(caption for caption in sample.captions if caption.strip())
-    if not captions:
-        raise UserError(f"data: sample {sample.id} has no caption; training needs one per image")
-    return captions
-
-
-def _image_ids(images: Sequence[str]) -> list[int]:
-    """Index of the first sample with the same image path."""
-    first: dict[str, int] = {}
-    return [first.setdefault(image, index) for index, image in enumerate(images)]
-
-
-def _generator(seed: int, *rest: int) -> np.random.Generator:
-    # SeedSequence takes no negative numbers: the sign goes beside them.
-    sequence = np.random.SeedSequence([abs(seed), *rest], spawn_key=(1,) if seed < 0 else ())
-    return np.random.Generator(np.random.PCG64(sequence))
-
-
-def _number(identity: str) -> int:
-    """A 64-bit number of a sample id, equal in every process."""
-    return int.from_bytes(hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def _check_captions(corpus: Corpus) -> None:
+    """Of samples in memory; shards are selected by their index."""
+    if isinstance(corpus, SampleList):
+        for sample in corpus:
+            if not has_caption(sample):
+                raise UserError(f"data: sample {sample.id} has no caption; training needs one per image")

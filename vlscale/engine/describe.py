@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlscale.config import Recipe
+from vlscale.data.open import is_here, read_data, training_split
 from vlscale.data.sample import Vocabulary
-from vlscale.data.sources import read_data, training_split
 from vlscale.engine import build
 from vlscale.engine.schedule import batch_plan, total_steps
 from vlscale.interop.run import without_downloads
@@ -80,10 +79,10 @@ def _steps(recipe: Recipe) -> dict[str, Any]:
 
 
 def _count_samples(recipe: Recipe) -> int | None:
-    """Training images; nothing is rendered to count them."""
+    """Training images per epoch; nothing is rendered to count them."""
     if recipe.data.path is None:
         return recipe.data.scenes.train
-    return len(training_split(read_data(recipe.data))) if Path(recipe.data.path).exists() else None
+    return training_split(read_data(recipe.data)).per_epoch() if is_here(recipe.data.path) else None
 
 
 def _memory(system: nn.Module, choice: build.Choice, world: int) -> dict[str, str]:

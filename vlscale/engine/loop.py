@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from vlscale import distributed
 from vlscale.config import LOSSES, Recipe
 from vlscale.data.images import normalize
+from vlscale.data.open import read_data, training_split
 from vlscale.data.sample import Batch
-from vlscale.data.sources import read_data, training_split
 from vlscale.data.stream import Stream
 from vlscale.engine import build, checkpoint, start
 from vlscale.engine.monitor import Monitor

@@ -13,6 +13,8 @@ import torch
 
 from vlscale import distributed
 from vlscale.config import Recipe, load_recipe, write_recipe
+from vlscale.data.corpus import as_corpus
+from vlscale.data.open import absolute
 from vlscale.data.sample import Sample
 from vlscale.data.text import TextTokenizer, build_tokenizer
 from vlscale.engine import checkpoint
@@ -41,8 +43,9 @@ def set_threads(threads: int | None) -> int:
 
 def absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with data paths that hold from any directory."""
-    paths = {key: _absolute(getattr(recipe.data, key)) for key in ("path", "image_root")}
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=paths)})
+    data = recipe.data
+    paths = {"path": None if data.path is None else absolute(data.path), "image_root": _absolute(data.image_root)}
+    return recipe.model_copy(update={"data": data.model_copy(update=paths)})
 
 
 def find_origin(recipe: Recipe, choice: Choice, out: Path, resume: str | None, say: Callable[[str], Any]) -> Origin:
@@ -65,7 +68,7 @@ def make_tokenizer(recipe: Recipe, samples: Sequence[Sample], out: Path, origin:
             if source.resolve() != folder.resolve():
                 shutil.copytree(source, folder, dirs_exist_ok=True)
             return
-        captions = (caption for sample in samples for caption in sample.captions)
+        captions = (caption for sample in as_corpus(samples).readable() for caption in sample.captions)
         build_tokenizer(recipe.data.tokenizer, captions).save(folder)
 
     distributed.on_main(provide)

@@ -10,8 +10,8 @@ from torch import nn
 
 from vlscale import distributed
 from vlscale.config import Recipe, load_recipe
+from vlscale.data.open import evaluation_split, read_data
 from vlscale.data.sample import Sample
-from vlscale.data.sources import evaluation_split, read_data
 from vlscale.data.text import TextTokenizer
 from vlscale.errors import UserError
 from vlscale.interop import layout

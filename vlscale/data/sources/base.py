@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import PositiveFloat
 
 from vlscale.config import Section
 from vlscale.data.sample import Sample
-from vlscale.data.sources.fields import FieldError
+from vlscale.data.sources.fields import FieldError, json_object, read_lines
 from vlscale.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -62,6 +64,16 @@ class Source(Section):
     def __str__(self) -> str:
         return f"{self.format}:{self.path}"
 
+    def spec(self) -> str:
+        """The source as it is written on the command line, with everything that was set."""
+        rest = {key: getattr(self, key) for key in type(self).model_fields if key in self.model_fields_set}
+        options = [f",{key}={_written(value)}" for key, value in rest.items() if key not in ("format", "path")]
+        return str(self) + "".join(options)
+
+
+def _written(value: object) -> str:
+    return "+".join(value) if isinstance(value, list) else str(value)
+
 
 FILE_KEYS = (
     "path",
@@ -87,6 +99,8 @@ class Notes:
     """What a reader noticed beside the samples. Strict notes end at the first wrong record, others collect them."""
 
     strict: bool = True
+    need_images: bool = True
+    """False: annotations are enough, images that are not there are neither missed nor looked for."""
     counts: Counter[str] = field(default_factory=Counter)
     """Name → number, such as "rows without caption": what was left out, and why."""
     missing: list[str] = field(default_factory=list)
@@ -134,8 +148,11 @@ class Images:
         self._listings: dict[str, frozenset[str]] = {}
         self._sorted: dict[str, list[str]] = {}
 
-    def find(self, *names: str) -> Path | None:
+    def find(self, *names: str, prefix: str = "") -> Path | None:
         """The first of `names` (relative paths, best first) that is there; None, and a note, where none is.
+
+        Args:
+            prefix: last resort, as in `starting_with`; empty: none.
 
         Raises:
             FieldError: a name leaves the folder.
@@ -147,6 +164,10 @@ class Images:
                 folder, file = os.path.split(os.path.join(root, name))
                 if file in self._listing(folder):
                     return Path(folder, file)
+        if not self._notes.need_images:
+            return Path(self.roots[0], names[0])
+        if prefix:
+            return self.starting_with(prefix)
         self._notes.missing.append(names[0])
         return None
 
@@ -157,6 +178,8 @@ class Images:
             found = self._by_prefix(place, prefix)
             if found is not None:
                 return Path(place, found)
+        if not self._notes.need_images:
+            return Path(self.roots[0], folder, prefix)
         self._notes.missing.append(prefix)
         return None
 
@@ -164,7 +187,7 @@ class Images:
         if folder not in self._listings:
             try:
                 self._listings[folder] = frozenset(os.listdir(folder))
-            except OSError:
+            except (OSError, ValueError):  # ValueError: no file system can hold such a name
                 self._listings[folder] = frozenset()
         return self._listings[folder]
 
@@ -174,6 +197,32 @@ class Images:
         names = self._sorted[folder]
         place = bisect_left(names, prefix)
         return names[place] if place < len(names) and names[place].startswith(prefix) else None
+
+
+def json_lines(path: Path, notes: Notes, expected: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file with one a line, each with its name (`line 3`); what is none goes to the notes.
+
+    Raises:
+        UserError: the file can't be read, or (strict notes) a line is no object.
+    """
+    for number, line in read_lines(path, expected):
+        row = None
+        if line.strip():
+            with notes.record(path, f"line {number}"):
+                row = json_object(line)
+        if row is not None:
+            yield f"line {number}", row
+
+
+_SPLIT = re.compile(r"(?<![a-z])(train|(?:mini)?val(?:id(?:ation)?)?|test-?dev|dev|test|challenge|submission)(?![a-z])")
+
+
+def file_split(path: Path) -> str:
+    """The split as the published file's name has it, `val` of v2_mscoco_val2014_annotations.json; else `train`."""
+    found = _SPLIT.search(path.name.lower())
+    if found is None:
+        return "train"
+    return "val" if found[1].removeprefix("mini").startswith("val") else found[1]
 
 
 Reader = Callable[[Source, Notes], Iterator[Sample]]

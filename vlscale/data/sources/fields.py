@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,8 @@ def kind(value: Any) -> str:
         return "nothing"
     if value == "":
         return "an empty string"
+    if isinstance(value, int | float) and not isinstance(value, bool) and not is_number(value):
+        return "a number that is not finite or too large"
     return NAMES[type(value)]
 
 
@@ -82,8 +85,26 @@ def strings(row: dict[str, Any], key: str) -> tuple[str, ...]:
 
 
 def is_number(value: Any) -> bool:
-    """A finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number that a float can hold; true and false are none."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def each(row: dict[str, Any], key: str, read: Callable[[dict[str, Any]], T], expected: str) -> list[T]:
+    """Every object of the field's list, as `read` makes it.
+
+    Raises:
+        FieldError: no list, or an item is wrong; says which, counted from 1.
+    """
+    items = []
+    for number, item in enumerate(get(row, key, list, expected), start=1):
+        try:
+            items.append(read(record(item)))
+        except FieldError as error:
+            raise FieldError(f"{key}, item {number}: {error}") from None
+    return items
 
 
 def share_box(x: float, y: float, width: float, height: float, image_width: float, image_height: float) -> Box:
@@ -117,30 +138,132 @@ def read_json_array(path: Path, expected: str) -> Iterator[Any]:
     Raises:
         UserError: the file can't be read or is no list.
     """
+    content = _Content(path, expected)
+    if content.next() != "[":
+        raise UserError(f"{path}: not a JSON list; expected {expected}")
+    yield from content.elements()
+
+
+def read_json_members(path: Path, expected: str, lists: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """The members of a file that is one JSON object, parsed one at a time: VQA v2's take gigabytes whole.
+
+    Args:
+        lists: keys that hold a list; its elements come one by one, each with the key.
+
+    Raises:
+        UserError: the file can't be read or is no object, or one of `lists` holds no list.
+    """
+    content = _Content(path, expected)
+    if content.next() != "{":
+        raise UserError(f"{path}: not a JSON object; expected {expected}")
+    for key in content.members():
+        if key in lists:
+            if content.next() != "[":
+                raise UserError(f'{path}: field "{key}": expected a list, got {kind(content.value())}')
+            for element in content.elements():
+                yield key, element
+        else:
+            yield key, content.value()
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """A line that is one JSON object.
+
+    Raises:
+        FieldError: it is none.
+    """
     try:
-        content = path.read_bytes().decode("utf-8-sig")
+        value = json.loads(utf8(line))
+    except FieldError:
+        raise
+    except (ValueError, RecursionError) as error:
+        message = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long a number"
+        raise FieldError(f"not JSON ({message}); expected one object a line") from None
+    return record(value)
+
+
+def read_lines(path: Path, expected: str) -> Iterator[tuple[int, bytes]]:
+    """Number (from 1) and content of every line, without its end.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.rstrip(b"\r\n")
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror or error}); expected {expected}") from None
+
+
+def utf8(line: bytes) -> str:
+    """A line's text; a byte order mark is cut off.
+
+    Raises:
+        FieldError: it is not UTF-8.
+    """
+    try:
+        return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; expected {expected}") from None
-    decoder, place = json.JSONDecoder(), _skip(content, 0)
-    if content[place : place + 1] != "[":
-        raise UserError(f"{path}: not a JSON list; expected {expected}")
-    place = _skip(content, place + 1)
-    while content[place : place + 1] != "]":
+        raise FieldError(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+
+
+class _Content:
+    """A JSON text and the place in it up to which it is read."""
+
+    def __init__(self, path: Path, expected: str) -> None:
         try:
-            value, place = decoder.raw_decode(content, place)
+            self.text = path.read_bytes().decode("utf-8-sig")
+        except OSError as error:
+            raise UserError(f"{path}: can't be read ({error.strerror or error}); expected {expected}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 at byte {error.start}; expected {expected}") from None
+        self.place = 0
+        self._path, self._expected = path, expected
+        self._decoder = json.JSONDecoder()
+
+    def next(self) -> str:
+        """The next character that is no space, empty at the end."""
+        match = _SPACES.match(self.text, self.place)
+        self.place = self.place if match is None else match.end()
+        return self.text[self.place : self.place + 1]
+
+    def value(self) -> Any:
+        try:
+            self.next()
+            value, self.place = self._decoder.raw_decode(self.text, self.place)
         except (ValueError, RecursionError):
-            raise UserError(f"{path}: not JSON at character {place}; expected {expected}") from None
-        yield value
-        place = _skip(content, place)
-        if content[place : place + 1] == ",":
-            place = _skip(content, place + 1)
-        elif content[place : place + 1] != "]":
-            raise UserError(f"{path}: the list breaks off at character {place}; expected {expected}")
+            raise self._broken("not JSON at") from None
+        return value
+
+    def elements(self) -> Iterator[Any]:
+        """Of the list that starts here."""
+        for _ in self._items("]"):
+            yield self.value()
+
+    def members(self) -> Iterator[str]:
+        """Keys of the object that starts here; each value has to be read before the next key is asked for."""
+        for _ in self._items("}"):
+            key = self.value()
+            if not isinstance(key, str) or self.next() != ":":
+                raise self._broken("not JSON at")
+            self.place += 1
+            yield key
+
+    def _items(self, end: str) -> Iterator[None]:
+        """Stands before one item after the other, up to the closing bracket `end`."""
+        self.place += 1
+        mark = "," if self.next() != end else end
+        self.place += mark == end
+        while mark != end:
+            yield
+            mark = self.next()
+            if mark not in {",", end}:
+                raise self._broken("breaks off at")
+            self.place += 1
+
+    def _broken(self, how: str) -> UserError:
+        return UserError(f"{self._path}: {how} character {self.place}; expected {self._expected}")
 
 
-def _skip(content: str, place: int) -> int:
-    while place < len(content) and content[place] in " \t\r\n":
-        place += 1
-    return place
+_SPACES = re.compile(r"[ \t\r\n]*")

@@ -133,6 +133,6 @@ FORMATS = (
         "vlscale's own: a JSON object a line (or a list of them) with image, captions, split, …",
         _read,
         suffixes=(".jsonl", ".json"),
-        signs=(r'"image"\s*:', r'"captions"\s*:'),
+        signs=(r'\A(?![\s\S]*"(?:gold_label|sentences|annotations)"\s*:)[\s\S]*"image"\s*:',),
     ),
 )

@@ -12,32 +12,37 @@ from pydantic import ValidationError
 
 from vlscale.config.loading import first_error
 from vlscale.data.sample import Sample
-from vlscale.data.sources import jsonl
+from vlscale.data.sources import jsonl, stored
 from vlscale.data.sources.base import COMMON_KEYS, FILE_KEYS, Format, Notes, Source
 from vlscale.errors import UserError
 
-FORMATS: dict[str, Format] = {entry.name: entry for module in (jsonl,) for entry in module.FORMATS}
+FORMATS: dict[str, Format] = {entry.name: entry for module in (jsonl, stored) for entry in module.FORMATS}
 
 _PEEK = 1 << 16
 
 
-def parse_source(text: str) -> Source:
+def parse_source(text: str, root: Path | None = None, where: str = "") -> Source:
     """`FORMAT:PATH,key=value,…`, where FORMAT: may be left out if the file tells.
+
+    Args:
+        root: what its paths are relative to.
+        where: names it in errors.
 
     Raises:
         UserError: no such format or key, a key that the format doesn't read, or a file that doesn't tell.
     """
+    where = where or f"source {text}"
     body, *options = re.split(r",(?=[a-z_]+=)", text)
     name, separator, path = body.partition(":")
     if not separator or name not in FORMATS:
         if separator and re.fullmatch(r"[a-z0-9-]+", name) and not os.path.exists(body):
-            raise UserError(f"source {text}: no format {name!r}; there are {', '.join(sorted(FORMATS))}")
+            raise UserError(f"{where}: no format {name!r}; there are {', '.join(sorted(FORMATS))}")
         name, path = "", body
-    tree = {"format": name, "path": path}
+    tree: dict[str, object] = {"format": name, "path": path}
     for option in options:
         key, _, value = option.partition("=")
         tree[key] = value
-    return make_source(tree, f"source {text}")
+    return make_source(tree, where, root)
 
 
 def make_source(tree: dict[str, object], where: str, root: Path | None = None) -> Source:
@@ -73,9 +78,17 @@ def detect(path: str, where: str) -> str:
     Raises:
         UserError: there is nothing, or it is none or several of the formats.
     """
-    if not os.path.exists(path):
+    if not os.path.exists(path) and not path.endswith(".tar"):
         raise UserError(f"{where}: {path or '(no path)'}: no such file or folder")
+    if stored.is_shards(Path(path)):
+        return "shards"
+    if path.endswith(".tar") or stored.is_folder_of_tars(Path(path)):
+        return "tars"
     found = [entry.name for entry in FORMATS.values() if _is(entry, Path(path))]
+    if not found and path.endswith(".jsonl"):
+        return "jsonl"  # where its first lines are broken
+    if not found and os.path.isdir(path):
+        raise UserError(f"{where}: {path}: a folder without captions.jsonl, shards, tars or annotations of its own")
     if len(found) != 1:
         what = f"could be {' or '.join(found)}" if found else "is none of the known formats by its looks"
         raise UserError(f"{where}: {path} {what}; write FORMAT:PATH, with one of {', '.join(sorted(FORMATS))}")
@@ -117,4 +130,5 @@ def read_source(source: Source, notes: Notes) -> Iterator[Sample]:
 def _splits(path: str) -> dict[str, str]:
     """Image file name → split."""
     other = make_source({"path": path}, f"splits={path}")
-    return {Path(str(sample.image)).name: sample.split for sample in read_source(other, Notes())}
+    notes = Notes(need_images=False)
+    return {Path(str(sample.image)).name: sample.split for sample in read_source(other, notes)}
