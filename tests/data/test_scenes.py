@@ -162,13 +162,3 @@ def test_bad_requests_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected at least 1"):
         scenes.render_scenes(tmp_path / "a", train=0, test=0, seed=0)
     assert not (tmp_path / "a").exists()
-
-
-def test_contact_sheet(folder: Path, tmp_path: Path) -> None:
-    scenes.contact_sheet(folder, tmp_path / "sheet.png", rows=2, columns=3)
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.format == "PNG"
-        assert sheet.width > 3 * 200
-        assert np.asarray(sheet).std() > 20
-    with pytest.raises(UserError, match=r"captions\.jsonl"):
-        scenes.contact_sheet(tmp_path, tmp_path / "none.png")

@@ -25,11 +25,10 @@ import numpy as np
 from vlscale import config as recipe
 from vlscale.data import scene_captions
 from vlscale.data.scene_render import Rendered, render
-from vlscale.data.scene_sheet import contact_sheet
 from vlscale.data.scene_world import Scene, sample_scene
 from vlscale.errors import UserError
 
-__all__ = ["VERSION", "contact_sheet", "embedded_scenes", "render_scenes"]
+__all__ = ["VERSION", "embedded_scenes", "render_scenes"]
 
 VERSION = 5
 """Of the generator: raise it with every change of what it draws or says, and cached data sets are rendered anew."""

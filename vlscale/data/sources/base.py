@@ -160,10 +160,11 @@ class Images:
         for name in names:
             if name.startswith("/") or ".." in name.split("/") or "\0" in name:
                 raise FieldError(f"expected an image path inside the image folder, got {name!r}")
+            folder, _, file = name.rpartition("/")
             for root in self.roots:
-                folder, file = os.path.split(os.path.join(root, name))
-                if file in self._listing(folder):
-                    return Path(folder, file)
+                place = f"{root}/{folder}" if folder else root
+                if file in self._listing(place):
+                    return Path(place, file)
         if not self._notes.need_images:
             return Path(self.roots[0], names[0])
         if prefix:
