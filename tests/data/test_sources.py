@@ -9,8 +9,8 @@ import pytest
 
 from tests.data.corpus import shared, write_jsonl
 from vlscale.config import Data
-from vlscale.data.sample import Sample
 from vlscale.data.open import evaluation_split, read_data, training_split
+from vlscale.data.sample import Sample
 from vlscale.data.sources.jsonl import read_jsonl
 from vlscale.errors import UserError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vlscale.data.images import MAX_PIXELS, ImageError, _orientation
 
@@ -21,6 +21,8 @@ def upright_size(content: bytes) -> tuple[int, int]:
             turned = _orientation(image) >= 5  # the orientations that swap the sides
     except Image.DecompressionBombError:
         raise ImageError(f"more than the limit of {MAX_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:
+        raise ImageError("not an image, or of an unknown format") from None
     except Exception as error:  # Pillow raises a dozen types on broken bytes
         raise ImageError(str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}") from None
     if width * height > MAX_PIXELS:
