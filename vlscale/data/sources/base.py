@@ -165,23 +165,26 @@ class Images:
                 place = f"{root}/{folder}" if folder else root
                 if file in self._listing(place):
                     return Path(place, file)
-        if not self._notes.need_images:
-            return Path(self.roots[0], names[0])
-        if prefix:
-            return self.starting_with(prefix)
-        self._notes.missing.append(names[0])
-        return None
+        found = self._any_with(prefix, "") if prefix else None
+        return found or self._nowhere(names[0])
 
     def starting_with(self, prefix: str, folder: str = "") -> Path | None:
         """The one file directly in a root's `folder` whose name starts so (Flickr8k: photo id, then a secret)."""
+        return self._any_with(prefix, folder) or self._nowhere(os.path.join(folder, prefix))
+
+    def _any_with(self, prefix: str, folder: str) -> Path | None:
         for root in self.roots:
             place = os.path.join(root, folder) if folder else root
             found = self._by_prefix(place, prefix)
             if found is not None:
                 return Path(place, found)
+        return None
+
+    def _nowhere(self, name: str) -> Path | None:
+        """What to make of an image that is not there."""
         if not self._notes.need_images:
-            return Path(self.roots[0], folder, prefix)
-        self._notes.missing.append(prefix)
+            return Path(self.roots[0], name)
+        self._notes.missing.append(name)
         return None
 
     def _listing(self, folder: str) -> frozenset[str]:

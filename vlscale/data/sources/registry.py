@@ -12,11 +12,12 @@ from pydantic import ValidationError
 
 from vlscale.config.loading import first_error
 from vlscale.data.sample import Sample
-from vlscale.data.sources import jsonl, stored
+from vlscale.data.sources import coco, conceptual, jsonl, karpathy, sbu, stored, visual_genome
 from vlscale.data.sources.base import COMMON_KEYS, FILE_KEYS, Format, Notes, Source
 from vlscale.errors import UserError
 
-FORMATS: dict[str, Format] = {entry.name: entry for module in (jsonl, stored) for entry in module.FORMATS}
+_MODULES = (jsonl, stored, coco, karpathy, visual_genome, conceptual, sbu)
+FORMATS: dict[str, Format] = {entry.name: entry for module in _MODULES for entry in module.FORMATS}
 
 _PEEK = 1 << 16
 
