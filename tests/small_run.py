@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 
 from vlscale.config import Recipe, write_recipe
-from vlscale.data.sample import Sample
 from vlscale.data.open import read_data
+from vlscale.data.sample import Sample
 from vlscale.data.text import TextTokenizer, build_tokenizer
 from vlscale.interop import layout
 from vlscale.interop.export import module_tensors, write_tensors

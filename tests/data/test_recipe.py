@@ -69,6 +69,24 @@ def test_splits(root: Path) -> None:
     assert len(read_data(Data(path=f"jsonl:{root}/mine.jsonl,splits={root}/parts.jsonl,only=val+train"))) == 6
 
 
+def test_texts_made_of_questions_and_tags(root: Path) -> None:
+    asked = {"id": "q", "text": "what is it?", "answers": ["cat", "dog", "dog"]}
+    records = [
+        {
+            "image": "0.png",
+            "captions": [],
+            "questions": [asked, {"id": "r", "text": "and now?"}],
+            "tags": ["a", "b", "a"],
+        },
+        {"image": "1.png", "captions": ["its own"], "tags": ["c"]},
+    ]
+    file = write_jsonl(root / "asked.jsonl", records)
+    expected = {"questions": ("what is it? dog", "and now?"), "tags": ("a, b",)}
+    for key, texts in expected.items():
+        samples = read_data(Data(path=f"jsonl:{file},text={key}"))
+        assert [sample.captions for sample in samples] == [texts, ("its own",)]
+
+
 def test_where_paths_are_relative_to(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     assert len(read_data(Data(path=recipe(elsewhere, root=str(root), sources=["mine.jsonl"])))) == 6

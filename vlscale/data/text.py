@@ -30,6 +30,7 @@ OPTIONS_FILE = "vocabulary.json"
 """Special ids and the recipe's options, beside it."""
 
 _DROPPED = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
+_DROPPED |= dict.fromkeys(range(0xD800, 0xE000))  # halves of characters: JSON can hold them, the tokenizer can't
 _RUNS = re.compile(r"\s{2,}")
 
 

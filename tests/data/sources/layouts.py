@@ -75,10 +75,10 @@ def nlvr2_line(identifier: str, label: str | None = "True", **fields: Any) -> di
     return {**row, **({} if label is None else {"label": label}), **fields}
 
 
-def snli_line(image: str, number: int, label: str = "neutral", **fields: Any) -> dict[str, Any]:
-    pair = f"{image}.jpg#{number}r1n"
+def snli_line(photograph: str, number: int, label: str = "neutral", **fields: Any) -> dict[str, Any]:
+    pair = f"{photograph}.jpg#{number}r1n"
     row = {"annotator_labels": [label], "gold_label": label, "pairID": pair, "sentence2": f"Hypothesis {number}."}
-    return {"Flickr30K_ID": image, **row, **fields}
+    return {"Flickr30K_ID": photograph, **row, **fields}
 
 
 def gqa_question(image: str, answer: str | None = "no", **fields: Any) -> dict[str, Any]:

@@ -48,6 +48,15 @@ def test_a_folder_of_chunks(tmp_path: Path) -> None:
         read("gqa", tmp_path / "empty")
 
 
+def test_names_elsewhere_come_from_visual_genome(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg", "2.jpg")
+    file = write(tmp_path / "train_balanced_questions.json", {"a": gqa_question("1"), "b": gqa_question("2")})
+    row = {"image_id": 1, "width": 8, "height": 9, "coco_id": 5, "flickr_id": None}
+    facts = write(tmp_path / "image_data.json", [row])
+    samples, _ = read("gqa", file, image_data=facts)
+    assert [sample.aliases for sample in samples] == [("vg:1", "coco:5"), ("vg:2",)]
+
+
 @pytest.mark.parametrize("part", ["testdev", "test", "challenge", "submission"])
 def test_splits_without_answers(tmp_path: Path, part: str) -> None:
     touch(tmp_path, "n1.jpg")

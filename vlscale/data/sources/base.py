@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import PositiveFloat
 
@@ -39,7 +39,7 @@ class Source(Section):
     attributes: str | None = None
     """Visual Genome: attributes.json."""
     image_data: str | None = None
-    """Visual Genome: image_data.json, with image sizes and COCO ids."""
+    """Visual Genome and GQA: image_data.json, with image sizes and COCO ids."""
     classes: str | None = None
     """Open Images: class-descriptions CSV, from label to name."""
     labels: str | None = None
@@ -49,7 +49,9 @@ class Source(Section):
     sentences: str | None = None
     """Flickr30k Entities: the Sentences folder, where it is not beside Annotations."""
     captions: str | None = None
-    """SBU: the captions file that belongs to the URLs; Open Images: `tags` makes one caption of the labels."""
+    """SBU: the captions file that belongs to the URLs."""
+    text: Literal["tags", "questions"] | None = None
+    """Make captions where the source has none: one of the distinct tags, or one of each question with its answer."""
     name: str | None = None
     """Conceptual Captions, SBU: an image's file name, with {row}, {file}, {crc32}, {md5}, {sha1} of its URL."""
     split: str | None = None
@@ -86,11 +88,12 @@ FILE_KEYS = (
     "labels",
     "sizes",
     "sentences",
+    "captions",
     "splits",
 )
 """Keys of `Source` that are paths."""
 
-COMMON_KEYS = frozenset({"format", "path", "images", "split", "splits", "only", "weight"})
+COMMON_KEYS = frozenset({"format", "path", "images", "split", "splits", "only", "weight", "text"})
 """Keys of `Source` that every format has."""
 
 

@@ -12,11 +12,41 @@ from pydantic import ValidationError
 
 from vlscale.config.loading import first_error
 from vlscale.data.sample import Sample
-from vlscale.data.sources import coco, conceptual, jsonl, karpathy, sbu, stored, visual_genome
+from vlscale.data.sources import (
+    coco,
+    conceptual,
+    entities,
+    gqa,
+    jsonl,
+    karpathy,
+    nlvr2,
+    open_images,
+    sbu,
+    snli_ve,
+    stored,
+    vinvl,
+    visual_genome,
+    vqa,
+)
 from vlscale.data.sources.base import COMMON_KEYS, FILE_KEYS, Format, Notes, Source
 from vlscale.errors import UserError
 
-_MODULES = (jsonl, stored, coco, karpathy, visual_genome, conceptual, sbu)
+_MODULES = (
+    jsonl,
+    stored,
+    coco,
+    karpathy,
+    visual_genome,
+    conceptual,
+    sbu,
+    vqa,
+    gqa,
+    nlvr2,
+    snli_ve,
+    entities,
+    open_images,
+    vinvl,
+)
 FORMATS: dict[str, Format] = {entry.name: entry for module in _MODULES for entry in module.FORMATS}
 
 _PEEK = 1 << 16
@@ -125,7 +155,16 @@ def read_source(source: Source, notes: Notes) -> Iterator[Sample]:
         split = sample.split if splits is None else splits.get(Path(str(sample.image)).name, sample.split)
         split = source.split or split
         if source.only is None or split in source.only:
-            yield sample if split == sample.split else replace(sample, split=split)
+            yield replace(sample, split=split, captions=sample.captions or _captions(sample, source.text))
+
+
+def _captions(sample: Sample, text: str | None) -> tuple[str, ...]:
+    """Captions made of what else the sample has (Oscar's and VinVL's corpora: questions with answers, labels)."""
+    if text == "tags" and sample.tags:
+        return (", ".join(dict.fromkeys(sample.tags)),)
+    if text == "questions":
+        return tuple(f"{q.text} {max(q.answers, key=q.answers.count, default='')}".strip() for q in sample.questions)
+    return ()
 
 
 def _splits(path: str) -> dict[str, str]:

@@ -35,7 +35,7 @@ class _Thing:
 
 
 @dataclass(frozen=True, slots=True)
-class _Facts:
+class ImageFacts:
     """What image_data.json says of an image."""
 
     width: float
@@ -52,7 +52,7 @@ class _Album:
         self._notes = notes
         data = path.parent / "image_data.json" if source.image_data is None else Path(source.image_data)
         known = source.image_data is not None or data.is_file()
-        self._facts = _facts(data, notes) if known else {}
+        self._facts = read_image_data(data, notes) if known else {}
 
     def open(self, identity: str) -> Sample | None:
         """A sample with nothing but the image; None where that is missing."""
@@ -86,7 +86,12 @@ class _Album:
             ) from None
 
 
-def _facts(path: Path, notes: Notes) -> dict[str, _Facts]:
+def read_image_data(path: Path, notes: Notes) -> dict[str, ImageFacts]:
+    """image_data.json: image id → size and names elsewhere.
+
+    Raises:
+        UserError: it can't be read, or (strict notes) a record is wrong.
+    """
     expected = "Visual Genome's image_data.json, a list with image_id, width, height, coco_id and flickr_id"
     facts = {}
     for number, item in enumerate(read_json_array(path, expected), start=1):
@@ -97,7 +102,7 @@ def _facts(path: Path, notes: Notes) -> dict[str, _Facts]:
                 raise FieldError(f'fields "width" and "height": expected numbers above 0, got {width:g}, {height:g}')
             elsewhere = [key for key in ("coco", "flickr") if row.get(f"{key}_id") is not None]
             aliases = tuple(f"{key}:{text(row, f'{key}_id')}" for key in elsewhere)
-            facts[_image_id(row)] = _Facts(width, height, aliases)
+            facts[_image_id(row)] = ImageFacts(width, height, aliases)
     return facts
 
 
