@@ -106,6 +106,30 @@ def shards(
 
 
 @app.command()
+def answers(
+    sources: SourcesArgument,
+    out: Annotated[Path, typer.Option(help="JSON file to write: a list of answers.")],
+    min_count: Annotated[int, typer.Option(min=1, help="Questions that an answer needs (VQA v2: 3,129 have 9).")] = 9,
+    size: Annotated[int | None, typer.Option(min=1, help="Take the most frequent so many instead.")] = None,
+    image_root: ImageRootOption = None,
+) -> None:
+    """Build the vocabulary of answers of question data sets, officially normalised."""
+    from vlscale.data.answers import save_answers
+    from vlscale.data.collect_answers import collect_answers
+
+    from . import terminal
+
+    found = collect_answers(sources, min_count, size, None if image_root is None else str(image_root))
+    save_answers(out, found.answers)
+    rows: list[tuple[str, object]] = [
+        ("questions", found.questions),
+        ("answers", len(found.answers)),
+        ("questions whose answer is among them", f"{found.covered:.1%}"),
+    ]
+    terminal.print_table(str(out), rows, [("most frequent", ", ".join(found.answers[:10]))])
+
+
+@app.command()
 def show(
     source: SourceArgument,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("contact-sheet.png"),

@@ -90,7 +90,7 @@ def validate(spec: str | Path, image_root: str | Path | None = None, on_progress
     if not lines:
         report.problems.append(f"{sources[0].path}: holds no record")
     report.splits = dict(seen.splits.most_common())
-    report.counts = _counts(lines, seen, report)
+    report.counts = _counts(seen, report)
     return report
 
 
@@ -186,9 +186,8 @@ def _size(file: ImageFile) -> tuple[int, int] | str:
         return f"{file}: {error}"
 
 
-def _counts(lines: int, seen: _Seen, report: Report) -> dict[str, str]:
+def _counts(seen: _Seen, report: Report) -> dict[str, str]:
     return {
-        "lines": f"{lines:,}",
         "records": f"{seen.samples:,}",
         "images": f"{len(seen.sizes) + seen.broken:,}",
         "images that decode": f"{len(seen.sizes):,}",
@@ -197,7 +196,7 @@ def _counts(lines: int, seen: _Seen, report: Report) -> dict[str, str]:
         "captions per record": _range(seen.captions_per_record),
         "words per caption": _range(seen.words),
         f"captions cut at {_MAX_WORDS} words": f"{sum(n > _MAX_WORDS for n in seen.words):,}",
-        **{name: f"{number:,}" for name, number in seen.other.items()},
+        **{name: f"{number:,}" for name, number in seen.other.items() if number},
         "image width": _range([width for width, _ in seen.sizes], "px"),
         "image height": _range([height for _, height in seen.sizes], "px"),
         "problems": f"{len(report.problems):,}",
