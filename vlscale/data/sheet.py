@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import random
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from vlscale.config import Data
@@ -58,6 +61,12 @@ def contact_sheet(
     return out
 
 
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Matplotlib's own font: Pillow's has no more than Latin letters."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
 def _chosen(corpus: Corpus, count: int, seed: int | None) -> list[int]:
     size, count = len(corpus), min(count, len(corpus))
     if seed is not None:
@@ -66,14 +75,14 @@ def _chosen(corpus: Corpus, count: int, seed: int | None) -> list[int]:
 
 
 def _draw_cell(sheet: Image.Image, corpus: Corpus, index: int, x: int, y: int) -> None:
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(sheet), _font(10)
     try:
         sample = corpus.sample(index)
         sheet.paste(_picture(sample), (x, y))
-        lines = [line for text in _texts(sample) for line in textwrap.wrap(text, 42, subsequent_indent="   ")]
+        lines = [line for text in _texts(sample) for line in textwrap.wrap(text, 40, subsequent_indent="   ")]
     except (SampleError, ImageError) as error:
         draw.rectangle((x, y, x + _CELL - 1, y + _CELL - 1), fill="#eeeeee", outline="red")
-        lines = textwrap.wrap(f"{corpus.where(index)}: {error}", 42)
+        lines = textwrap.wrap(f"{corpus.where(index)}: {error}", 40)
     shown = [*lines[: _LINES - 1], f"… {len(lines) - _LINES + 1} more lines"] if len(lines) > _LINES else lines
     draw.multiline_text((x, y + _CELL + 4), "\n".join(shown), fill="black", font=font, spacing=3)
 
@@ -87,7 +96,7 @@ def _picture(sample: Sample) -> Image.Image:
             _fit(cell, file, left, half)
         return cell
     x, y, width, height = _fit(cell, sample.image, 0, _CELL)
-    draw, font = ImageDraw.Draw(cell), ImageFont.load_default(10)
+    draw, font = ImageDraw.Draw(cell), _font(9)
     for number, (box, name) in enumerate(_named_boxes(sample)):
         colour = _COLOURS[number % len(_COLOURS)]
         corners = (x + box[0] * width, y + box[1] * height, x + box[2] * width - 1, y + box[3] * height - 1)
@@ -123,7 +132,7 @@ def _texts(sample: Sample) -> Iterator[str]:
     for caption in sample.captions[:3]:
         yield f"· {caption[:400]}"
     for question in sample.questions[:3]:
-        answers = ", ".join(dict.fromkeys(question.answers)) or "?"
+        answers = ", ".join(answer for answer, _ in Counter(question.answers).most_common()) or "?"
         yield f"? {question.text} → {answers}"
     for statement in sample.statements[:3]:
         yield f"{statement.label or '?'}: {statement.text}"

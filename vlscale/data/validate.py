@@ -83,7 +83,7 @@ def validate(spec: str | Path, image_root: str | Path | None = None, on_progress
             done += len(chunk)
             if on_progress is not None:
                 on_progress("decoding", done, total)
-        lines += done + len(notes.problems)
+        lines += done + len(notes.problems) + len(notes.missing)
         report.problems += notes.problems
         report.problems += [f"{name}: no such file" for name in notes.missing]
         seen.other.update({name: number for name, number in notes.counts.items() if number})
