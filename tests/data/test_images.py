@@ -2,25 +2,71 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torchvision.transforms import RandomResizedCrop
 
-from tests.data.corpus import picture
+from tests.data.corpus import picture, shared
 from vlscale.config import CLIP_MEAN, CLIP_STD, Augmentation, Data
 from vlscale.data import images
-from vlscale.data.augment import GREY, OPERATIONS, rand_augment
-from vlscale.data.images import ImageError, crop_box, eval_transform, load_image, normalize, train_transform
+from vlscale.data.augment import GREY, OPERATIONS, Operation, rand_augment
+from vlscale.data.bench import PILLOW_OPERATIONS, largest_difference
+from vlscale.data.images import (
+    ImageError,
+    crop_box,
+    eval_transform,
+    evaluation_image,
+    load_image,
+    normalize,
+    train_transform,
+    training_image,
+)
+from vlscale.data.sample import ImageFile, TarMember
+
+CROPS = Augmentation(crop_scale=(0.2, 1.0), flip=True, randaugment=None)
 
 
 def _array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
+
+
+def _photograph(seed: int, width: int, height: int) -> Image.Image:
+    """`picture` with fine structure, which resizing has to average."""
+    noise = np.random.default_rng(seed).normal(0, 25, (height, width, 3))
+    return Image.fromarray((_array(picture(seed, width, height)) + noise).clip(0, 255).astype(np.uint8))
+
+
+def _bytes(image: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def _apply(operation: Operation, image: Image.Image, level: float) -> np.ndarray:
+    """An operation on planes, applied to an image: [H, W, 3]."""
+    planes = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    before = planes.copy()
+    result = operation(planes, level).transpose(1, 2, 0)
+    assert np.array_equal(planes, before)
+    return result
+
+
+def _by_pillow(image: Image.Image, data: Data, seed: int) -> np.ndarray:
+    """What `training_image` without RandAugment has to be near: the same crop and flip of an upright image."""
+    generator = np.random.default_rng(seed)
+    left, top, width, height = crop_box(image.width, image.height, data.augment, generator)
+    size = (data.image_size, data.image_size)
+    resized = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
+    pixels = _array(resized).transpose(2, 0, 1)
+    return pixels[:, :, ::-1] if generator.random() < 0.5 else pixels
 
 
 def test_modes_become_rgb(tmp_path: Path) -> None:
@@ -122,7 +168,7 @@ def test_what_can_not_be_read_says_why(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [10_000, 30_000])
+@pytest.mark.parametrize("side", [10_000, 30_000, 60_000])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, side: int) -> None:
     picture(0).save(tmp_path / "bomb.png")
     content = bytearray((tmp_path / "bomb.png").read_bytes())
@@ -131,6 +177,8 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, si
     (tmp_path / "bomb.png").write_bytes(content)
     with pytest.raises(ImageError, match="more than the limit"):
         load_image(tmp_path / "bomb.png")
+    with pytest.raises(ImageError, match="more than the limit"):
+        training_image(tmp_path / "bomb.png", Data(), np.random.default_rng(0), allow_flip=True)
 
 
 def test_evaluation_resizes_like_pillow() -> None:
@@ -242,7 +290,7 @@ def test_geometric_operations_against_a_slow_warp(sign: int) -> None:
     assert len(geometric) == len(forward) == 5
     for operation, (name, matrix) in zip(geometric, forward.items(), strict=True):
         inverse = np.linalg.inv(np.array([*matrix, [0, 0, 1]]))[:2]
-        difference = np.abs(np.asarray(operation(image, level)) - _slow_warp(np.asarray(image), inverse))
+        difference = np.abs(_apply(operation, image, level) - _slow_warp(np.asarray(image), inverse))
         assert np.median(difference) <= 0.5, name
         assert (difference > 3).mean() < 0.02, name  # the rim, which Pillow does not blend
 
@@ -251,13 +299,13 @@ def test_photometric_operations_against_their_formulas() -> None:
     image = picture(9, 64, 64)
     pixels = _array(image)
     identity, contrast, equalize, brightness, sharpness = [operation for operation, signed in OPERATIONS if not signed]
-    assert np.array_equal(_array(identity(image, 0.7)), pixels)
-    assert np.abs(_array(brightness(image, 0.7)) - (pixels * 1.36).clip(0, 255)).max() <= 1
-    stretched = _array(contrast(image, 0.7))
+    assert np.array_equal(_apply(identity, image, 0.7), pixels)
+    assert np.abs(_apply(brightness, image, 0.7) - (pixels * 1.36).clip(0, 255)).max() <= 1
+    stretched = _apply(contrast, image, 0.7)
     assert stretched.min() == 0
     assert stretched.max() == 255
-    assert np.abs(np.histogram(_array(equalize(image, 0.7)), 4, (0, 256))[0] / pixels.size - 0.25).max() < 0.05
-    assert _array(sharpness(image, 0.7)).std() > pixels.std()
+    assert np.abs(np.histogram(_apply(equalize, image, 0.7), 4, (0, 256))[0] / pixels.size - 0.25).max() < 0.05
+    assert _apply(sharpness, image, 0.7).std() > pixels.std()
 
 
 def test_rand_augment_is_driven_by_its_generator_and_sometimes_does_nothing() -> None:
@@ -269,3 +317,190 @@ def test_rand_augment_is_driven_by_its_generator_and_sometimes_does_nothing() ->
     unchanged = sum(torch.equal(result, image) for result in results) / 300
     # Each operation is skipped with ½ and is Identity with 1/10: (½ + ½·1/10)² = 0.30.
     assert 0.22 < unchanged < 0.40
+
+
+@pytest.mark.parametrize("size", [256, 224, 97])
+def test_operations_give_what_pillow_gives(size: int) -> None:
+    flat = Image.new("RGB", (size, size), (7, 7, 200))
+    for image in (_photograph(11, size, size), picture(12, size, size), flat):
+        for (operation, signed), (twin, twin_signed) in zip(OPERATIONS, PILLOW_OPERATIONS, strict=True):
+            assert signed == twin_signed
+            for level in (0.7, -0.7, 0.1, -1.0) if signed else (0.7, 0.0, 1.0, 2.0):
+                difference = np.abs(_apply(operation, image, level) - _array(twin(image, level)))
+                assert difference.max() <= 2, (operation, level)
+
+
+def test_crops_stay_what_they_were() -> None:
+    """Numbers of earlier releases: a training that goes on sees the crops it would have seen."""
+    expected = [(2, 4, 320, 266), (82, 14, 291, 251), (60, 42, 226, 218), (0, 112, 174, 185)]
+    after = [0.6706244146936303, 0.48519097443163506, 0.8912094095005791, 0.29840122301687566]
+    for seed, (box, number) in enumerate(zip(expected, after, strict=True)):
+        generator = np.random.default_rng(seed)
+        assert crop_box(400, 300, Augmentation(), generator) == box
+        assert generator.random() == number
+    assert crop_box(37, 900, Augmentation(), np.random.default_rng(0)) == (0, 425, 37, 49)
+
+
+JPEGS: dict[str, Callable[[Image.Image], bytes]] = {
+    "4:2:0": lambda image: _bytes(image, quality=90),
+    "4:4:4": lambda image: _bytes(image, quality=95, subsampling="4:4:4"),
+    "4:2:2": lambda image: _bytes(image, subsampling="4:2:2"),
+    "progressive": lambda image: _bytes(image, progressive=True),
+    "restarts": lambda image: _bytes(image, restart_marker_rows=1),
+    "rgb": lambda image: _bytes(image, keep_rgb=True),
+    "profile": lambda image: _bytes(
+        image, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    ),
+    "comment": lambda image: _bytes(image, comment=b"\xff\xd8\xff\xc0" * 40),
+    "grey": lambda image: _bytes(image.convert("L")),
+    "cmyk": lambda image: _bytes(image.convert("CMYK")),
+    "fill bytes": lambda image: _bytes(image).replace(b"\xff\xdb", b"\xff\xff\xff\xdb"),
+    "after the end": lambda image: _bytes(image) + b"and more",
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_jpegs_are_decoded_as_pillow_opens_them(tmp_path: Path, kind: str) -> None:
+    for number, size in enumerate([(1, 1), (1, 50), (70, 1), (17, 33), (223, 121)]):
+        content = JPEGS[kind](_photograph(number, *size))
+        path = tmp_path / f"{number}.jpg"
+        path.write_bytes(content)
+        with Image.open(io.BytesIO(content)) as image:
+            assert np.array_equal(_array(load_image(path)), _array(image.convert("RGB")))
+
+
+def test_broken_jpegs_are_what_they_are_to_pillow(tmp_path: Path) -> None:
+    """The short way must not take what the long way refuses, nor the reverse."""
+    path, generator, seen = tmp_path / "a.jpg", np.random.default_rng(0), set()
+    for progressive in (False, True):
+        whole = _bytes(_photograph(13, 61, 47), quality=90, progressive=progressive)
+        contents = [whole[:length] for length in range(0, len(whole), 97)]
+        for number in range(300):
+            content = bytearray(whole)
+            for _ in range(1 + number % 3):  # half of them in the headers
+                content[generator.integers(700 if number % 2 else len(content))] = generator.integers(256)
+            contents.append(bytes(content))
+        frame = whole.index(b"\xff\xc2" if progressive else b"\xff\xc0")
+        contents.append(whole[: frame + 5] + bytes(2) + whole[frame + 7 :])  # no height
+        for damaged in contents:
+            path.write_bytes(damaged)
+            try:
+                with Image.open(path) as image:
+                    expected = _array(image.convert("RGB"))
+            except Exception:
+                seen.add(False)
+                with pytest.raises(ImageError):
+                    load_image(path)
+            else:
+                seen.add(True)
+                assert np.array_equal(_array(load_image(path)), expected)
+    assert seen == {False, True}
+
+
+def test_truncated_jpegs_are_refused(tmp_path: Path) -> None:
+    path, data = tmp_path / "a.jpg", Data(image_size=32)
+    for progressive in (False, True):
+        whole = _bytes(_photograph(14, 120, 90), progressive=progressive)
+        for length in (2, 30, 400, len(whole) // 2, len(whole) - 40, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            with pytest.raises(ImageError):
+                training_image(path, data, np.random.default_rng(0), allow_flip=True)
+            with pytest.raises(ImageError):
+                evaluation_image(path, data)
+
+
+def test_a_jpeg_that_claims_too_much_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for exif in (b"", b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x00"):  # without and with the detour through Pillow
+        content = bytearray(_bytes(picture(0), exif=exif))
+        frame = content.index(b"\xff\xc0")
+        content[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
+        (tmp_path / "bomb.jpg").write_bytes(content)
+
+        def allocate(*_: object) -> None:
+            raise AssertionError("allocated")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Image, "new", allocate)
+            with pytest.raises(ImageError, match="more than the limit"):
+                training_image(tmp_path / "bomb.jpg", Data(image_size=32), np.random.default_rng(0), allow_flip=True)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_crops_of_turned_images(tmp_path: Path, orientation: int) -> None:
+    """The box is drawn on the upright image, whatever way it is stored."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    _photograph(15, 90, 60).save(tmp_path / "a.jpg", exif=exif, quality=90)
+    upright, data = load_image(tmp_path / "a.jpg"), Data(image_size=48, augment=CROPS)
+    assert upright.size == ((90, 60) if orientation < 5 else (60, 90))
+    for seed in range(6):
+        ours = training_image(tmp_path / "a.jpg", data, np.random.default_rng(seed), allow_flip=True)
+        assert np.abs(ours.numpy() - _by_pillow(upright, data, seed)).max() <= 4
+
+
+SIZES = [(1, 1), (1, 90), (90, 1), (33, 17), (47, 300), (300, 47), (101, 103), (640, 480), (480, 640), (223, 331)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_odd_sizes_are_cropped_and_resized_like_pillow(tmp_path: Path, size: tuple[int, int]) -> None:
+    _photograph(16, *size).save(tmp_path / "a.jpg", quality=90)
+    noise = np.random.default_rng(0).integers(0, 2, (size[1], size[0], 3), dtype=np.uint8) * 255
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    for path, side in [(tmp_path / "a.jpg", 64), (tmp_path / "a.png", 64), (tmp_path / "a.png", 256)]:
+        data, image = Data(image_size=side, augment=CROPS), load_image(path)
+        for seed in range(6):
+            ours = training_image(path, data, np.random.default_rng(seed), allow_flip=True)
+            assert (ours.shape, ours.dtype, ours.is_contiguous()) == ((3, side, side), torch.uint8, True)
+            assert np.abs(ours.numpy() - _by_pillow(image, data, seed)).max() <= 4
+        whole = _array(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        assert np.abs(evaluation_image(path, data).numpy() - whole).max() <= 4
+
+
+def test_photographs_are_cropped_and_resized_like_pillow() -> None:
+    flickr = sorted(shared("data/flickr8k/images").iterdir())[::350]
+    coco = sorted(shared("data/coco/images").iterdir())[::20]
+    for size, files in [(256, flickr), (96, flickr), (256, coco), (96, coco)]:
+        chosen: list[ImageFile] = [*files]
+        data = Data(image_size=size, augment=CROPS)
+        assert largest_difference(chosen, data) <= 4
+        for file in chosen:
+            whole = _array(load_image(file).resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            assert np.abs(evaluation_image(file, data).numpy() - whole).max() <= 4
+
+
+def test_every_kind_of_file_can_be_trained_on(tmp_path: Path) -> None:
+    image, data = _photograph(17, 50, 40), Data(image_size=32, augment=CROPS)
+    Image.fromarray((np.arange(2000).reshape(40, 50) * 32).astype(np.uint16)).save(tmp_path / "deep.png")
+    image.save(tmp_path / "moves.gif", save_all=True, append_images=[picture(0, 50, 40)])
+    image.save(tmp_path / "moves.webp", save_all=True, append_images=[picture(0, 50, 40)])
+    image.convert("P").save(tmp_path / "palette.png", transparency=3)
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    for kind, encode in JPEGS.items():
+        (tmp_path / f"{kind.replace(':', '')}.jpg").write_bytes(encode(image))
+    for path in sorted(tmp_path.iterdir()):
+        upright = load_image(path)
+        for seed in range(4):
+            ours = training_image(path, data, np.random.default_rng(seed), allow_flip=True)
+            assert np.abs(ours.numpy() - _by_pillow(upright, data, seed)).max() <= 4, path.name
+
+
+def test_the_generator_decides_everything_and_the_source_nothing(tmp_path: Path) -> None:
+    path, data = tmp_path / "a.jpg", Data(image_size=64)
+    content = _bytes(_photograph(18, 120, 90), quality=90)
+    path.write_bytes(content)
+    (tmp_path / "a.tar").write_bytes(b"before" + content + b"after")
+    member = TarMember(str(tmp_path / "a.tar"), "a.jpg", 6, len(content))
+    seen = set()
+    for seed in range(20):
+        files: list[ImageFile | str] = [path, str(path), member]
+        results = [training_image(file, data, np.random.default_rng(seed), allow_flip=True) for file in files]
+        assert all(torch.equal(result, results[0]) for result in results)
+        transform = train_transform(data, np.random.default_rng(seed), allow_flip=True)
+        assert torch.equal(transform(load_image(path)), results[0])
+        seen.add(results[0].numpy().tobytes())
+    assert len(seen) == 20
+    assert torch.equal(evaluation_image(member, data), evaluation_image(path, data))
+    with pytest.raises(ImageError, match="early"):
+        training_image(TarMember(member.tar, "a.jpg", 6, 10**6), data, np.random.default_rng(0), allow_flip=True)

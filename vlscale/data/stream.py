@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlscale.config import Data
 from vlscale.data.corpus import Corpus, SampleList, as_corpus, has_caption, image_identity
-from vlscale.data.images import ImageError, eval_transform, load_image, train_transform
+from vlscale.data.images import ImageError, evaluation_image, training_image
 from vlscale.data.order import Order, ShuffledOrder, generator, number_of
 from vlscale.data.sample import Batch, Sample, SampleError
 from vlscale.data.text import TextTokenizer
@@ -168,8 +168,7 @@ class _TrainingBatches(Dataset[Any]):
         if not captions:
             raise SampleError("no caption")
         text = captions[int(drawn.integers(len(captions)))]
-        transform = train_transform(self._data, drawn, allow_flip=_SIDES.search(text) is None)
-        return transform(load_image(sample.image)), text
+        return training_image(sample.image, self._data, drawn, allow_flip=_SIDES.search(text) is None), text
 
 
 class _EvaluationBatches(Dataset[Any]):
@@ -179,12 +178,12 @@ class _EvaluationBatches(Dataset[Any]):
         self._corpus, self._data = corpus, data
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        transform, size = eval_transform(self._data), self._data.image_size
+        size = self._data.image_size
         images, kept, ids, skipped = [], [], [], []
         for index in indices:
             try:
                 sample = self._corpus.sample(index)
-                images.append(transform(load_image(sample.image)))
+                images.append(evaluation_image(sample.image, self._data))
                 kept.append(index)
                 ids.append(sample.id)
             except (ImageError, SampleError) as error:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlscale.data.image_size import upright_size
-from vlscale.data.images import ImageError
+from vlscale.data.images import ImageError, upright_size
 from vlscale.data.sources.fields import FieldError, strings
 
 INDEX = np.dtype(

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlscale.data.image_size import upright_size
-from vlscale.data.images import ImageError
+from vlscale.data.images import ImageError, upright_size
 from vlscale.data.sample import Box, Phrase, Question, Sample
 from vlscale.data.sources.base import Format, Images, Notes, Source
 from vlscale.data.sources.fields import (
