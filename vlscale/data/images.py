@@ -87,7 +87,7 @@ def _as_image_errors() -> Iterator[None]:
     except FileNotFoundError:
         raise ImageError("no such file") from None
     except UnidentifiedImageError:
-        raise ImageError("not an image, or of an unknown format") from None
+        raise ImageError("cannot identify image file") from None
     except Image.DecompressionBombError:
         raise ImageError(f"more than the limit of {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's decoders raise a dozen types on broken bytes, SyntaxError among them
