@@ -87,6 +87,39 @@ def test_texts_made_of_questions_and_tags(root: Path) -> None:
         assert [sample.captions for sample in samples] == [texts, ("its own",)]
 
 
+def test_boxes_of_another_source(root: Path) -> None:
+    boxes = [
+        {"image": "gone.png", "captions": [], "aliases": [f"coco:{n}"], "boxes": [[0, 0, 1, 1]], "tags": [f"thing {n}"]}
+        for n in (1, 4)
+    ]
+    write_jsonl(root / "boxes.jsonl", boxes)
+    samples = read_data(Data(path=f"jsonl:{root}/mine.jsonl,boxes={root}/boxes.jsonl"))
+    assert [sample.tags for sample in samples] == [(), ("thing 1",), (), (), ("thing 4",), ()]
+    assert samples[1].boxes == ((0, 0, 1, 1),)
+    assert samples[1].captions == ("x",)
+    with pytest.raises(UserError, match="no boxes of photographs with a name"):
+        read_data(Data(path=f"jsonl:{root}/mine.jsonl,boxes={root}/tests.jsonl"))
+
+
+def test_splits_know_coco_images_by_their_number(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "000000000042.jpg")
+    write_jsonl(tmp_path / "a.jsonl", [{"image": "000000000042.jpg", "captions": ["x"]}])
+    other = [{"image": "COCO_val2014_000000000042.jpg", "captions": ["x"], "split": "restval"}]
+    write_jsonl(tmp_path / "b.jsonl", other)
+    assert read_data(Data(path=f"jsonl:{tmp_path}/a.jsonl,splits={tmp_path}/b.jsonl")).splits() == {"restval": 1}
+
+
+def test_keys_that_shards_have_no_use_for(root: Path) -> None:
+    plan, _, missing = plan_shards([str(root / "mine.jsonl")], 1 << 20, None)
+    write_shards(plan, root / "shards", missing, 1)
+    for key in ("images", "split", "splits", "text", "boxes"):
+        value = "tags" if key == "text" else str(root)
+        with pytest.raises(UserError, match=f"shards reads no key '{key}'"):
+            read_data(Data(path=f"shards:{root}/shards,{key}={value}"))
+    with pytest.raises(UserError, match=r"with --image-root: shards reads no key 'images'"):
+        read_data(Data(path=f"{root}/shards", image_root=str(root)))
+
+
 def test_where_paths_are_relative_to(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     assert len(read_data(Data(path=recipe(elsewhere, root=str(root), sources=["mine.jsonl"])))) == 6

@@ -14,7 +14,7 @@ from vlscale.data.sample import Sample
 from vlscale.data.shards import is_shards
 from vlscale.data.sources import stored
 from vlscale.data.sources.base import Notes, Source
-from vlscale.data.sources.registry import parse_source, read_source
+from vlscale.data.sources.registry import make_source, parse_source, read_source
 from vlscale.data.sources.stored import open_stored
 from vlscale.errors import UserError
 
@@ -66,7 +66,8 @@ def load_sources(spec: str, root: str | None = None) -> tuple[list[Source], list
     if root is not None:
         if source.images is not None:
             raise UserError(f"source {spec}: images= and --image-root both name the image folder; leave one out")
-        source = source.model_copy(update={"images": os.path.expanduser(root)})
+        keys = source.model_dump(exclude_unset=True)
+        source = make_source({**keys, "images": root}, f"source {spec} with --image-root")
     return [source], []
 
 

@@ -58,6 +58,8 @@ class Source(Section):
     """Put every sample into this split."""
     splits: str | None = None
     """Take each image's split from this file (jsonl or Karpathy's JSON), matched by the image's file name."""
+    boxes: str | None = None
+    """Take boxes and tags from this file (COCO's instances, say), matched by the photograph's name (`coco:391895`)."""
     only: list[str] | None = None
     """Take samples of these splits only."""
     weight: PositiveFloat = 1.0
@@ -90,10 +92,11 @@ FILE_KEYS = (
     "sentences",
     "captions",
     "splits",
+    "boxes",
 )
 """Keys of `Source` that are paths."""
 
-COMMON_KEYS = frozenset({"format", "path", "images", "split", "splits", "only", "weight", "text"})
+COMMON_KEYS = frozenset({"format", "path", "images", "split", "splits", "only", "weight", "text", "boxes"})
 """Keys of `Source` that every format has."""
 
 
@@ -249,3 +252,9 @@ class Format:
     """Regular expressions that all occur in the first or last 64 KB of its file, and in no other format's."""
     keys: frozenset[str] = frozenset()
     """Keys of `Source` that it reads besides COMMON_KEYS."""
+    unused: frozenset[str] = frozenset()
+    """Those of COMMON_KEYS that mean nothing for it."""
+
+    def known_keys(self) -> frozenset[str]:
+        """All keys that a source of this format may have."""
+        return (COMMON_KEYS | self.keys) - self.unused

@@ -28,7 +28,8 @@ from vlscale.data.sources import (
     visual_genome,
     vqa,
 )
-from vlscale.data.sources.base import COMMON_KEYS, FILE_KEYS, Format, Notes, Source
+from vlscale.data.sources.base import FILE_KEYS, Format, Notes, Source
+from vlscale.data.sources.naming import coco_number
 from vlscale.errors import UserError
 
 _MODULES = (
@@ -97,7 +98,7 @@ def make_source(tree: dict[str, object], where: str, root: Path | None = None) -
         raise UserError(f"{where}: {first_error(error)}") from None
     if source.format not in FORMATS:
         raise UserError(f"{where}: no format {source.format!r}; there are {', '.join(sorted(FORMATS))}")
-    known = COMMON_KEYS | FORMATS[source.format].keys
+    known = FORMATS[source.format].known_keys()
     for key in sorted(source.model_fields_set - known):
         raise UserError(f"{where}: {source.format} reads no key {key!r}; it has {', '.join(sorted(known))}")
     return source
@@ -145,17 +146,22 @@ def _inside(folder: Path, sign: str) -> bool:
 
 
 def read_source(source: Source, notes: Notes) -> Iterator[Sample]:
-    """The source's samples in the order of its files, with `split`, `splits` and `only` applied.
+    """The source's samples in the order of its files, with the keys that every format has applied.
 
     Raises:
         UserError: a file can't be read, or (strict notes) a record is wrong.
     """
-    splits = None if source.splits is None else _splits(source.splits)
+    splits = {} if source.splits is None else _splits(source.splits)
+    boxed = {} if source.boxes is None else _boxed(source.boxes)
     for sample in FORMATS[source.format].read(source, notes):
-        split = sample.split if splits is None else splits.get(Path(str(sample.image)).name, sample.split)
-        split = source.split or split
-        if source.only is None or split in source.only:
-            yield replace(sample, split=split, captions=sample.captions or _captions(sample, source.text))
+        split = source.split or splits.get(_image_name(sample), sample.split)
+        if source.only is not None and split not in source.only:
+            continue
+        for alias in sample.aliases if not sample.boxes else ():
+            if alias in boxed:
+                other = boxed[alias]
+                sample = replace(sample, boxes=other.boxes, tags=other.tags, confidences=other.confidences)
+        yield replace(sample, split=split, captions=sample.captions or _captions(sample, source.text))
 
 
 def _captions(sample: Sample, text: str | None) -> tuple[str, ...]:
@@ -168,7 +174,25 @@ def _captions(sample: Sample, text: str | None) -> tuple[str, ...]:
 
 
 def _splits(path: str) -> dict[str, str]:
-    """Image file name → split."""
+    """Image name → split."""
     other = make_source({"path": path}, f"splits={path}")
-    notes = Notes(need_images=False)
-    return {Path(str(sample.image)).name: sample.split for sample in read_source(other, notes)}
+    return {_image_name(sample): sample.split for sample in read_source(other, Notes(need_images=False))}
+
+
+def _image_name(sample: Sample) -> str:
+    """The image's file name; COCO's number, since 2014 and 2017 call the same file differently."""
+    name = Path(str(sample.image)).name
+    return coco_number(name) or name
+
+
+def _boxed(path: str) -> dict[str, Sample]:
+    """Name of a photograph → the sample with its boxes."""
+    other = make_source({"path": path}, f"boxes={path}")
+    found = {
+        alias: sample
+        for sample in read_source(other, Notes(need_images=False))
+        for alias in (sample.aliases if sample.boxes else ())
+    }
+    if not found:
+        raise UserError(f"boxes={path}: no boxes of photographs with a name; give COCO's instances, for example")
+    return found

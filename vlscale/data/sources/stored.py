@@ -42,7 +42,12 @@ def _read(source: Source, notes: Notes) -> Iterator[Sample]:
             notes.problems.append(line)
 
 
+_DECIDED = frozenset({"images", "splits", "text", "boxes"})
+"""They were settled when the tars were written."""
+
 FORMATS = (
-    Format("shards", "a folder of `vlscale data shards`", _read),
-    Format("tars", "WebDataset tars such as img2dataset's: a tar, a folder, {00000..00012}.tar", _read),
+    Format("shards", "a folder of `vlscale data shards`", _read, unused=_DECIDED | {"split"}),
+    Format(
+        "tars", "WebDataset tars such as img2dataset's: a tar, a folder, {00000..00012}.tar", _read, unused=_DECIDED
+    ),
 )
