@@ -28,6 +28,14 @@ MISTAKES = {
     "missing run to probe": (["eval", "objectives", "--from", "no_such_run"], "no_such_run"),
     "missing run to look at": (["codebook-inspect", "no_such_run", "--show-patches"], "no_such_run"),
     "missing run to draw": (["inspect", "reconstructions", "no_such_run"], "no_such_run"),
+    "unknown format": (["pretrain", "--data", "cocoo:captions.json"], "cocoo"),
+    "corpus without a place": (["pretrain", "--data", "albef_4m"], "VLSCALE_DATA"),
+    "missing tars": (["pretrain", "--data", "{00000..00002}.tar"], "00000.tar"),
+    "shards of nothing": (["data", "shards", "no_such.json", "--out", "out"], "no_such.json"),
+    "size of nothing": (["data", "shards", "no_such.json", "--out", "out", "--max-size", "big"], "--max-size big"),
+    "sheet of nothing": (["data", "show", "no_such.json"], "no_such.json"),
+    "answers of nothing": (["data", "answers", "no_such.json", "--out", "a.json"], "no_such.json"),
+    "bench of nothing": (["bench", "data", "--data", "no_such.json"], "no_such.json"),
     "missing data to validate": (["data", "validate", "no_such.jsonl"], "no_such.jsonl"),
 }
 

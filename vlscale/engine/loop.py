@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -103,14 +104,17 @@ def pretrain(
 
 def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threads: int) -> Run:
     say = print if distributed.rank() == 0 else _silent
+    if distributed.rank() > 0:
+        logging.getLogger("vlscale").setLevel(logging.ERROR)  # what the data lacks is said once, not by every rank
     choice = build.choose(ds_config)
     plan = batch_plan(recipe.train, distributed.world_size())
     config = build.complete(choice, plan, recipe.train)
     say(choice.reason)
     say(f"batch: {plan}; {threads} CPU threads per rank")
-    origin = start.find_origin(recipe, choice, out, resume, say)
+    start.check_free(out, resume)
     with distributed.main_process_first():
-        samples = training_split(read_data(recipe.data))
+        samples = training_split(read_data(recipe.data))  # before the folder is made: a mistake leaves nothing behind
+    origin = start.find_origin(recipe, choice, out, resume, say)
     tokenizer = start.make_tokenizer(recipe, samples, out, origin)
 
     torch.manual_seed(recipe.train.seed)

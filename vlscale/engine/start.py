@@ -48,12 +48,26 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": data.model_copy(update=paths)})
 
 
+def check_free(out: Path, resume: str | None) -> None:
+    """Refuse a folder that holds a run, unless it is to go on.
+
+    Raises:
+        UserError: it does.
+    """
+
+    def check() -> None:
+        if resume is None and layout.holds_run(out):
+            raise UserError(f"{out}: holds a run already: go on with --resume auto, or choose another --out")
+
+    distributed.on_main(check)
+
+
 def find_origin(recipe: Recipe, choice: Choice, out: Path, resume: str | None, say: Callable[[str], Any]) -> Origin:
     """Decide where to go on and make the run folder ready for it; rank 0 decides, all get the answer.
 
     Raises:
-        UserError: the folder holds a run and nothing was said of resuming, there is nothing to resume from at the
-            given path, or the checkpoint was made by another recipe, precision or number of ranks.
+        UserError: there is nothing to resume from at the given path, or the checkpoint was made by another recipe,
+            precision or number of ranks.
     """
     return distributed.on_main(lambda: _find_origin(recipe, choice, out, resume, say))
 
@@ -76,8 +90,6 @@ def make_tokenizer(recipe: Recipe, samples: Sequence[Sample], out: Path, origin:
 
 
 def _find_origin(recipe: Recipe, choice: Choice, out: Path, resume: str | None, say: Callable[[str], Any]) -> Origin:
-    if resume is None and layout.holds_run(out):
-        raise UserError(f"{out}: holds a run already: go on with --resume auto, or choose another --out")
     chosen = _resume_point(out, resume, say)
     origin = Origin()
     if chosen is not None:
