@@ -37,10 +37,12 @@ def init_from_environment() -> None:
     if dist.is_initialized():
         return
     complete_environment(os.environ)
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+        # Told its device, NCCL need not guess it from the rank (and warn that the guess may hang).
+        dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=device())
+    else:
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
 
 
 def complete_environment(environment: Any) -> None:

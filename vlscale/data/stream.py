@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vlscale.config import Data
 from vlscale.data.corpus import Corpus, SampleList, as_corpus, has_caption, image_identity
@@ -99,8 +100,7 @@ class Stream:
             step += 1
 
     def _batches(self) -> Iterator[Batch]:
-        for item in iter(_loader(self._dataset, self.positions(), self._workers)):
-            yield _batch(item)
+        yield from _loaded(self._dataset, self.positions(), self._workers)
 
 
 def evaluation_batches(samples: Sequence[Sample], data: Data, batch_size: int) -> Iterator[Batch]:
@@ -112,8 +112,7 @@ def evaluation_batches(samples: Sequence[Sample], data: Data, batch_size: int) -
     positions = (list(range(i, min(i + batch_size, len(samples)))) for i in range(0, len(samples), batch_size))
     # Starting workers takes seconds: only worth it for many images.
     workers = data.workers if len(samples) >= 2000 else 0
-    for item in iter(_loader(dataset, positions, workers)):
-        yield _batch(item)
+    yield from _loaded(dataset, positions, workers)
 
 
 class _TrainingBatches(Dataset[Any]):
@@ -198,9 +197,9 @@ class _EvaluationBatches(Dataset[Any]):
         }
 
 
-def _loader(dataset: Dataset[Any], positions: Iterator[list[int]], workers: int) -> DataLoader[Any]:
-    """Whole batches go to the workers in turn and come back in order."""
-    return DataLoader(
+def _loaded(dataset: Dataset[Any], positions: Iterator[list[int]], workers: int) -> Iterator[Batch]:
+    """Whole batches go to the workers in turn and come back in order; closing the generator ends the workers."""
+    loader = DataLoader(
         dataset,
         batch_sampler=positions,
         collate_fn=_as_it_is,
@@ -210,6 +209,15 @@ def _loader(dataset: Dataset[Any], positions: Iterator[list[int]], workers: int)
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from the global one, and the run depends on it
     )
+    items = iter(loader)
+    try:
+        for item in items:
+            yield _batch(item)
+    finally:
+        # Not left to the garbage collector: seen once on a GPU, the workers were gone before the thread that pins their
+        # batches, which ended in a traceback.
+        if isinstance(items, _MultiProcessingDataLoaderIter):
+            items._shutdown_workers()
 
 
 def _as_it_is(item: Any) -> Any:
