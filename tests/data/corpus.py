@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from vlscale.data.sample import Sample
+from vlscale.data.sample import Batch, Sample
+from vlscale.data.stream import Stream
 from vlscale.data.text import TextTokenizer, build_tokenizer
 
 _ROOT = Path(__file__).parents[2]
@@ -48,6 +51,26 @@ def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
     """Smooth colours that differ by seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def take(source: Stream, count: int) -> list[Batch]:
+    """The first batches of a stream, which is closed then."""
+    batches = list(itertools.islice(source, count))
+    source.close()
+    return batches
+
+
+def ids(batches: list[Batch]) -> list[str]:
+    return [identity for batch in batches for identity in batch.sample_ids]
+
+
+def assert_equal(a: list[Batch], b: list[Batch], but: tuple[str, ...] = ()) -> None:
+    """Equal samples, texts and tensors (`but` some)."""
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        assert (left.sample_ids, left.texts) == (right.sample_ids, right.texts)
+        for name in {"images", "input_ids", "attention_mask", "image_ids"} - set(but):
+            assert torch.equal(getattr(left, name), getattr(right, name)), name
 
 
 def make_samples(folder: Path, count: int) -> list[Sample]:

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.corpus import make_samples, make_tokenizer
+from tests.data.corpus import assert_equal, ids, make_samples, make_tokenizer, take
 from vlscale.config import Augmentation, Data, Tokenizer
 from vlscale.data.order import Part, ShuffledOrder, number_of
-from vlscale.data.sample import Batch, Sample
+from vlscale.data.sample import Sample
 from vlscale.data.stream import Stream, evaluation_batches
 from vlscale.errors import UserError
 
@@ -34,25 +34,6 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
 def stream(samples: list[Sample], data: Data = DATA, **options: Any) -> Stream:
     settings: dict[str, Any] = {"seed": 5, "global_batch": 8, "micro_batch": 8, **options}
     return Stream(samples, data, make_tokenizer(samples, max_tokens=data.tokenizer.max_tokens), **settings)
-
-
-def take(source: Stream, count: int) -> list[Batch]:
-    batches = list(itertools.islice(source, count))
-    source.close()
-    return batches
-
-
-def ids(batches: list[Batch]) -> list[str]:
-    return [identity for batch in batches for identity in batch.sample_ids]
-
-
-def assert_equal(a: list[Batch], b: list[Batch]) -> None:
-    assert len(a) == len(b)
-    for left, right in zip(a, b, strict=True):
-        assert left.sample_ids == right.sample_ids
-        assert left.texts == right.texts
-        for name in ("images", "input_ids", "attention_mask", "image_ids"):
-            assert torch.equal(getattr(left, name), getattr(right, name)), name
 
 
 def test_a_batch(samples: list[Sample]) -> None:
@@ -222,7 +203,7 @@ def test_workers_outlive_warnings_but_not_the_training(tmp_path: Path) -> None:
 import itertools, sys, time
 from pathlib import Path
 import torch
-from tests.data.corpus import make_samples
+from tests.data.corpus import assert_equal, ids, take, make_samples
 from tests.data.test_stream import stream
 if __name__ == "__main__":
     source = stream(make_samples(Path(sys.argv[1]), 3), workers=1)
