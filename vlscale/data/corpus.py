@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -77,35 +78,48 @@ class Corpus(Sequence[Sample]):
 
 
 class SampleList(Corpus):
-    """Samples in memory. Loader processes share one packed copy of them."""
+    """Samples in memory: a list as it is, or packed, which takes a few hundred bytes each and no copy per process."""
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self._samples: Sequence[Sample] = samples
-        self._packed: _Packed | None = None
+    def __init__(self, samples: Sequence[Sample], chosen: np.ndarray | None = None) -> None:
+        """`chosen`: indices of those that count, int64; None: all."""
+        self._samples, self._chosen = samples, chosen
+
+    @staticmethod
+    def packed(samples: Iterable[Sample]) -> SampleList:
+        """Of samples that come one by one and need not fit into memory as they are."""
+        return SampleList(_Packed.of(samples))
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._samples) if self._chosen is None else len(self._chosen)
 
     def sample(self, index: int) -> Sample:
-        return self._samples[index]
+        return self._samples[index if self._chosen is None else int(self._chosen[index])]
 
     def where(self, index: int) -> str:
-        return str(self._samples[index].image)
+        return str(self.sample(index).image)
 
     def parts(self) -> list[Part]:
         return [Part(np.ones(len(self), dtype=np.int64))]
 
     def splits(self) -> dict[str, int]:
-        return dict(Counter(sample.split for sample in self._samples).most_common())
+        return dict(Counter(split for _, split, _ in self._facts()).most_common())
 
     def select(self, splits: Collection[str], captioned: bool = True) -> SampleList:
-        chosen = (sample for sample in self._samples if sample.split in splits)
-        return SampleList([sample for sample in chosen if not captioned or has_caption(sample)])
+        chosen = [index for index, split, has in self._facts() if split in splits and (has or not captioned)]
+        return SampleList(self._samples, np.array(chosen, dtype=np.int64))
+
+    def _facts(self) -> Iterator[tuple[int, str, bool]]:
+        """Index in what is stored, split, and whether there is a caption, of each sample that counts."""
+        for index in range(len(self._samples)) if self._chosen is None else self._chosen.tolist():
+            if isinstance(self._samples, _Packed):
+                yield index, *self._samples.facts(index)
+            else:
+                yield index, self._samples[index].split, has_caption(self._samples[index])
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._packed is None:
-            self._packed = self._samples if isinstance(self._samples, _Packed) else _Packed.of(self._samples)
-        return {"_samples": self._packed, "_packed": self._packed}
+        if not isinstance(self._samples, _Packed):
+            self._samples = _Packed.of(self._samples)
+        return {"_samples": self._samples, "_chosen": self._chosen}
 
 
 class Joined(Corpus):
@@ -154,8 +168,8 @@ def as_corpus(samples: Sequence[Sample]) -> Corpus:
 
 def without(corpus: Corpus, unwanted: Callable[[Sample], bool]) -> tuple[SampleList, int]:
     """The samples that are not unwanted, in memory, and how many were. Reads every sample."""
-    kept = [sample for sample in corpus.readable() if not unwanted(sample)]
-    return SampleList(kept), len(corpus) - len(kept)
+    kept = SampleList.packed(sample for sample in corpus.readable() if not unwanted(sample))
+    return kept, len(corpus) - len(kept)
 
 
 def has_caption(sample: Sample) -> bool:
@@ -173,16 +187,36 @@ def image_identity(sample: Sample) -> str:
 
 
 class _Packed(Sequence[Sample]):
-    """Samples as bytes in two tensors: what torch shares between processes instead of copying."""
+    """Samples as bytes in tensors: what torch shares between processes instead of copying."""
 
-    def __init__(self, content: Tensor, ends: Tensor) -> None:
-        self._content, self._ends = content, ends
+    def __init__(self, content: Tensor, ends: Tensor, facts: Tensor, names: list[str]) -> None:
+        """
+        Args:
+            content: uint8, a JSON object after the other.
+            ends: [N] int64, where each ends.
+            facts: [N] int32, number of the split in `names`, times two, plus one where there is a caption.
+        """
+        self._content, self._ends, self._facts, self._names = content, ends, facts, names
 
     @staticmethod
     def of(samples: Iterable[Sample]) -> _Packed:
-        lines = [_pack(sample) for sample in samples]
-        content = torch.frombuffer(bytearray(b"".join(lines) or b"\0"), dtype=torch.uint8)
-        return _Packed(content, torch.tensor([len(line) for line in lines], dtype=torch.int64).cumsum(0))
+        content, ends, facts = bytearray(), array("q"), array("i")
+        names: dict[str, int] = {}
+        for sample in samples:
+            content += _pack(sample)
+            ends.append(len(content))
+            facts.append(2 * names.setdefault(sample.split, len(names)) + has_caption(sample))
+        return _Packed(
+            torch.frombuffer(content or bytearray(1), dtype=torch.uint8),
+            torch.tensor(ends, dtype=torch.int64),
+            torch.tensor(facts, dtype=torch.int32),
+            list(names),
+        )
+
+    def facts(self, index: int) -> tuple[str, bool]:
+        """Split, and whether there is a caption."""
+        fact = int(self._facts[index])
+        return self._names[fact // 2], bool(fact % 2)
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -127,12 +127,12 @@ def _open(source: Source, excluded: frozenset[str], skip_broken: bool) -> Corpus
 
 def _in_memory(source: Source, excluded: frozenset[str]) -> SampleList:
     notes = Notes()
-    samples = list(kept(read_source(source, notes), excluded, notes))
+    samples = SampleList.packed(kept(read_source(source, notes), excluded, notes))
     notes.say(source)
-    if not samples:
+    if not len(samples):
         hint = f"none of its {len(notes.missing)} images is there" if notes.missing else "it holds no record"
         raise UserError(f"{source}: no sample: {hint}; check the path, images= and only=")
-    return SampleList(samples)
+    return samples
 
 
 def _captioned(corpus: Corpus, names: Sequence[str], split: str) -> Corpus:
