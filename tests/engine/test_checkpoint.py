@@ -202,6 +202,20 @@ def test_another_precision_is_refused(pretrain: Pretrain, recipe: Recipe, tmp_pa
         pretrain(recipe, tmp_path / "run", resume="auto", ds_config="zero2_bf16")
 
 
+def test_other_data_under_the_same_name_is_refused(
+    pretrain: Pretrain, recipe: Recipe, data: Path, tmp_path: Path
+) -> None:
+    pretrain(recipe, tmp_path / "run", stop_after=5)
+    before = rows(tmp_path / "run")
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=r"was trained on other data: 24 samples then, 23 now"):
+        pretrain(recipe, tmp_path / "run", resume="auto")
+    assert rows(tmp_path / "run") == before
+    data.write_text("".join(lines))
+    assert pretrain(recipe, tmp_path / "run", resume="auto").finished
+
+
 def test_resume_from_a_path(pretrain: Pretrain, recipe: Recipe, tmp_path: Path) -> None:
     first = pretrain(recipe, tmp_path / "first")
     assert first.checkpoint is not None

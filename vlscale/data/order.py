@@ -128,6 +128,14 @@ class ShuffledOrder:
         return self._windows[key]
 
 
+def layout_of(parts: Sequence[Part]) -> str:
+    """What an order depends on besides seed and window, in a few characters: sizes of parts and blocks, and weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(f"{part.weight!r} {len(part.blocks)} ".encode() + part.blocks.astype("<i8").tobytes())
+    return f"{sum(int(part.blocks.sum()) for part in parts)}-{digest.hexdigest()}"
+
+
 def generator(seed: int, *rest: int) -> np.random.Generator:
     """The random generator that (seed, …) names, equal in every process."""
     # SeedSequence takes no negative numbers: the sign goes beside them.

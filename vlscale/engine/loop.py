@@ -17,6 +17,7 @@ from vlscale import distributed
 from vlscale.config import LOSSES, Recipe
 from vlscale.data.images import normalize
 from vlscale.data.open import read_data, training_split
+from vlscale.data.order import layout_of
 from vlscale.data.sample import Batch
 from vlscale.data.stream import Stream
 from vlscale.engine import build, checkpoint, start
@@ -114,7 +115,8 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
     start.check_free(out, resume)
     with distributed.main_process_first():
         samples = training_split(read_data(recipe.data))  # before the folder is made: a mistake leaves nothing behind
-    origin = start.find_origin(recipe, choice, out, resume, say)
+    data = layout_of(samples.parts())
+    origin = start.find_origin(recipe, choice, out, resume, data, say)
     tokenizer = start.make_tokenizer(recipe, samples, out, origin)
 
     torch.manual_seed(recipe.train.seed)
@@ -145,6 +147,7 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
         seed=recipe.train.seed,
         image_size=recipe.data.image_size,
         threads=threads,
+        data=data,
     )
     if state.threads != threads:
         say(f"the run had {state.threads} threads per rank, now {threads}: going on, but not to the last bit as before")

@@ -62,14 +62,19 @@ def check_free(out: Path, resume: str | None) -> None:
     distributed.on_main(check)
 
 
-def find_origin(recipe: Recipe, choice: Choice, out: Path, resume: str | None, say: Callable[[str], Any]) -> Origin:
+def find_origin(
+    recipe: Recipe, choice: Choice, out: Path, resume: str | None, data: str, say: Callable[[str], Any]
+) -> Origin:
     """Decide where to go on and make the run folder ready for it; rank 0 decides, all get the answer.
+
+    Args:
+        data: `layout_of` the training data.
 
     Raises:
         UserError: there is nothing to resume from at the given path, or the checkpoint was made by another recipe,
-            precision or number of ranks.
+            precision, data or number of ranks.
     """
-    return distributed.on_main(lambda: _find_origin(recipe, choice, out, resume, say))
+    return distributed.on_main(lambda: _find_origin(recipe, choice, out, resume, data, say))
 
 
 def make_tokenizer(recipe: Recipe, samples: Sequence[Sample], out: Path, origin: Origin) -> TextTokenizer:
@@ -89,12 +94,14 @@ def make_tokenizer(recipe: Recipe, samples: Sequence[Sample], out: Path, origin:
     return TextTokenizer.load(folder)
 
 
-def _find_origin(recipe: Recipe, choice: Choice, out: Path, resume: str | None, say: Callable[[str], Any]) -> Origin:
+def _find_origin(
+    recipe: Recipe, choice: Choice, out: Path, resume: str | None, data: str, say: Callable[[str], Any]
+) -> Origin:
     chosen = _resume_point(out, resume, say)
     origin = Origin()
     if chosen is not None:
         state = checkpoint.read_state(chosen)
-        _check_fits(recipe, choice, chosen, state)
+        _check_fits(recipe, choice, chosen, state, data)
         origin = Origin(chosen, state.step, state)
         say(f"going on from {chosen}, after step {state.step}")
     elif resume == "auto":
@@ -126,9 +133,15 @@ def _resume_point(out: Path, resume: str | None, say: Callable[[str], Any]) -> P
     return found
 
 
-def _check_fits(recipe: Recipe, choice: Choice, chosen: Path, state: State) -> None:
+def _check_fits(recipe: Recipe, choice: Choice, chosen: Path, state: State, data: str) -> None:
     run = chosen.parent.parent
     checkpoint.require_same(recipe, load_recipe(str(run / layout.RECIPE)), run / layout.RECIPE)
+    if state.data and state.data != data:
+        before, now = state.data.partition("-")[0], data.partition("-")[0]
+        raise UserError(
+            f"{chosen}: was trained on other data: {before} samples then, {now} now, or other shards or weights; "
+            "give the data that the run was started with, or start a new run"
+        )
     world = distributed.world_size()
     if state.world_size != world:
         raise UserError(
