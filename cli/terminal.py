@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vlscale.config import Recipe
+
+PLAIN_SECONDS = 15.0
+"""Between two lines of progress in a log."""
 
 
 def print_table(title: str, *sections: Iterable[tuple[str, Any]]) -> None:
@@ -60,14 +64,17 @@ def print_recipe(recipe: Recipe) -> None:
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar per stage on stderr while the block runs; gives `report(stage, done, total)`.
 
-    Shows nothing where stderr is no terminal.
+    Where stderr is no terminal, a plain line every PLAIN_SECONDS.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield _plain_lines()
+        return
+    with Progress(*columns, console=console) as bar:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
@@ -76,6 +83,19 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[stage], completed=done, total=total)
 
         yield report
+
+
+def _plain_lines() -> Callable[[str, int, int], None]:
+    """Reports that print now and then; the first line comes late, so that what is short stays silent."""
+    last = time.monotonic()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_SECONDS:
+            last = time.monotonic()
+            print(f"{stage}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    return report
 
 
 def format_value(value: Any) -> str:
