@@ -47,7 +47,7 @@ def recipe(folder: Path, **tree: Any) -> str:
 def test_photographs_of_test_sets_are_dropped_and_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = recipe(root, sources=["mine.jsonl"], exclude=[{"path": "tests.jsonl", "only": ["val", "test"]}])
     assert [sample.id for sample in read_data(Data(path=path))] == ["mine 0", "mine 2", "mine 3", "mine 5"]
-    assert "images of an excluded set, dropped: 2" in caplog.text
+    assert "mine.jsonl: images of an excluded set, dropped: 2" in caplog.text
     # Made into shards, without them and with them.
     plan, _, missing = plan_shards([path], 1 << 20, None)
     assert write_shards(plan, root / "without", missing, 1).samples == 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -23,8 +22,6 @@ from vlscale.errors import UserError
 ROOT_VARIABLE = "VLSCALE_DATA"
 EXCLUDED = "images of an excluded set, dropped"
 _PACKAGE = "vlscale.recipes.corpora"
-
-_log = logging.getLogger(__name__)
 
 
 class DataRecipe(Section):
@@ -97,7 +94,9 @@ def excluded_aliases(sources: list[Source]) -> frozenset[str]:
 
 
 def kept(samples: Iterator[Sample], excluded: frozenset[str], notes: Notes) -> Iterator[Sample]:
-    """The samples whose photograph is not excluded; counts the others."""
+    """The samples whose photograph is not excluded; counts the others, also where there are none."""
+    if excluded:
+        notes.counts[EXCLUDED] += 0
     for sample in samples:
         if excluded.isdisjoint(sample.aliases):
             yield sample
