@@ -194,6 +194,50 @@ def test_other_plans_do_not_go_on_in_the_same_folder(data: Path, shards: Path, t
         write(data, tmp_path / "out")
 
 
+def test_images_that_come_while_it_was_interrupted_are_noticed(tmp_path: Path) -> None:
+    source = make_data(tmp_path / "data")
+    tsv = tmp_path / "pairs.tsv"
+    tsv.write_text("".join(f"caption {n}\thttp://x.org/{n}.png\n" for n in range(COUNT)))
+    spec = f"cc:{tsv},images={source.parent}"
+
+    def interrupt(split: str, count: int) -> None:
+        if count > 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(spec, tmp_path / "out", report=interrupt)
+    picture(0).save(source.parent / "0.png")  # was missing: it is a JPEG in this data
+    with pytest.raises(UserError, match="or other images are there by now"):
+        write(spec, tmp_path / "out")
+
+
+def test_two_writers_do_not_share_a_folder(data: Path, tmp_path: Path) -> None:
+    def second(split: str, count: int) -> None:
+        with pytest.raises(UserError, match="another process is writing there"):
+            write(data, tmp_path / "out")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(data, tmp_path / "out", report=second)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"sources": [', b"torn at the end"])
+def test_a_torn_line_of_progress(data: Path, shards: Path, tmp_path: Path, content: bytes) -> None:
+    def interrupt(split: str, count: int) -> None:
+        if count > 15:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    if content.startswith(b"torn"):
+        with pytest.raises(KeyboardInterrupt):
+            write(data, out, report=interrupt)
+        content = (out / ".progress.jsonl").read_bytes() + content
+    out.mkdir(exist_ok=True)
+    (out / ".progress.jsonl").write_bytes(content)
+    write(data, out)
+    assert contents(out) == contents(shards)
+
+
 def test_resized_images(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

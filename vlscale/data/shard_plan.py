@@ -46,11 +46,13 @@ def plan_shards(
             own = notes or Notes()
             yield from kept(read_source(source, own), excluded, own)
 
-    splits, missing = _first_pass(sources, excluded)
+    splits, missing, identity = _first_pass(sources, excluded)
     for split in splits:
         if not re.fullmatch(r"[\w-]+", split):
             raise UserError(f"split {split!r}: shards are named by it; use letters, digits, - and _, or split=NAME")
     described: list[dict[str, object]] = [{"source": source.spec(), "sha256": _digests(source)} for source in sources]
+    # Images that come or go between two runs move the samples: an interrupted writing must not go on then.
+    described.append({"samples": splits.total(), "sha256 of their ids": identity})
     if excluded:
         names = hashlib.sha256("\n".join(sorted(excluded)).encode()).hexdigest()
         described.append({"excluded photographs": len(excluded), "sha256": names})
@@ -72,19 +74,22 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _first_pass(sources: Sequence[Source], excluded: frozenset[str]) -> tuple[Counter[str], list[str]]:
-    """Samples per split and missing images; says what each source leaves out."""
+def _first_pass(sources: Sequence[Source], excluded: frozenset[str]) -> tuple[Counter[str], list[str], str]:
+    """Samples per split, missing images, and a hash of which samples come in which order; says what is left out."""
     splits: Counter[str] = Counter()
     missing: list[str] = []
+    digest = hashlib.sha256()
     for source in sources:
         notes = Notes()
-        splits.update(sample.split for sample in kept(read_source(source, notes), excluded, notes))
+        for sample in kept(read_source(source, notes), excluded, notes):
+            splits[sample.split] += 1
+            digest.update(f"{sample.split}\0{sample.id}\0".encode("utf-8", "surrogatepass"))
         notes.say(source)
         missing += notes.missing
     if not splits:
         hint = f"none of their {len(missing)} images is there, first: {missing[0]}" if missing else "they are empty"
         raise UserError(f"{', '.join(map(str, sources))}: no sample: {hint}; check the paths and images=")
-    return splits, missing
+    return splits, missing, digest.hexdigest()
 
 
 def _digests(source: Source) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -102,10 +104,10 @@ def write_shards(plan: Plan, out: Path, missing: Sequence[str], workers: int, re
         finished = _finished(plan, out)
         if finished is not None:
             return finished
-        progress = _Progress(plan, out)
-        for split in plan.splits:
-            _write_split(plan, split, progress, workers, report)
-        return _finish(plan, progress, missing)
+        with closing(_Progress(plan, out)) as progress:
+            for split in plan.splits:
+                _write_split(plan, split, progress, workers, report)
+            return _finish(plan, progress, missing)
     except OSError as error:
         raise UserError(
             f"{out}: can't be written ({error.strerror or error}); the same command goes on after the finished shards"
@@ -135,13 +137,20 @@ class _Progress:
         self.out, self.file = out, out / _PROGRESS
         self.done: list[_Done] = []
         head = _plain({"sources": plan.sources, "options": plan.options(), "splits": plan.splits})
-        if self.file.exists():
-            self._read(head)
-            return
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and not self.file.exists() and any(out.iterdir()):
             raise UserError(f"{out}: is not empty and holds no unfinished shards; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        self._append(head)
+        self._lock = self.file.open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another process is writing there; wait for it, or choose another --out") from None
+        if not self._read(head):
+            self._append(head)
+
+    def close(self) -> None:
+        """Let others write there."""
+        self._lock.close()
 
     def of(self, split: str) -> list[_Done]:
         return [done for done in self.done if done.entry.split == split]
@@ -151,25 +160,30 @@ class _Progress:
         self._append({"entry": done.entry.model_dump(), "consumed": done.consumed, "left_out": done.left_out})
 
     def _append(self, row: dict[str, Any]) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._lock.write(json.dumps(row).encode() + b"\n")
+        self._lock.flush()
+        os.fsync(self._lock.fileno())
 
-    def _read(self, head: dict[str, Any]) -> None:
-        lines = self.file.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines[:-1]]  # what follows the last newline was not written to its end
-        if not rows or rows[0] != head:
+    def _read(self, head: dict[str, Any]) -> bool:
+        """What an interrupted writing finished; False where there is none."""
+        content = self.file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]  # what follows was not written to its end
+        os.truncate(self.file, len(whole))
+        rows = [json.loads(line) for line in whole.splitlines()]
+        if not rows:
+            return False
+        if rows[0] != head:
             raise UserError(
-                f"{self.out}: holds unfinished shards of other sources or options; use the same again, or another --out"
+                f"{self.out}: holds unfinished shards of other sources or options, or other images are there by now; "
+                "use the same again, or another --out"
             )
         for row in rows[1:]:
             self.done.append(_Done(ShardEntry(**row["entry"]), row["consumed"], row["left_out"]))
-        self.file.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
         for done in self.done:
             tar = self.out / done.entry.name
             if not tar.is_file() or tar.stat().st_size != done.entry.bytes or not index_path(tar).is_file():
                 raise UserError(f"{tar}: finished before and now missing or changed; remove {self.out} and start anew")
+        return True
 
 
 def _write_split(plan: Plan, split: str, progress: _Progress, workers: int, report: Report | None) -> None:
