@@ -17,6 +17,7 @@ from vlscale.config import LOSSES, Teacher
 from vlscale.data.sample import Batch
 from vlscale.objectives.masking import masking_capacity
 from vlscale.systems.albef import Albef
+from vlscale.systems.momentum import mask_texts
 from vlscale.systems.protocol import Choices, Progress, StepOutput
 
 
@@ -45,7 +46,7 @@ def test_losses_are_those_that_weights_may_name_and_reach_every_parameter() -> N
 
 def test_alpha_rises_over_epoch_0() -> None:
     system = tiny_albef()
-    rising = [system.alpha(Progress(step, 100, steps_per_epoch=4.0)) for step in range(6)]
+    rising = [system.momentum.alpha(Progress(step, 100, steps_per_epoch=4.0)) for step in range(6)]
     assert rising == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.4])
 
 
@@ -97,7 +98,7 @@ def test_after_step_moves_teacher_and_queues_once() -> None:
             expected = momentum * before[name] + (1 - momentum) * students[name.removeprefix("teacher.")]
             assert torch.allclose(value, expected, atol=1e-6), name
     parts.after_step(progress(2), DirectWriter())  # nothing new was seen
-    assert parts.image_queue.pointer == 4
+    assert parts.momentum.image_queue.pointer == 4
 
 
 def test_features_of_a_skipped_step_are_not_pushed() -> None:
@@ -118,7 +119,7 @@ def test_evaluation_leaves_nothing_behind() -> None:
     with torch.no_grad():
         system(tiny_batch(), progress())
     system.after_step(progress(), DirectWriter())
-    assert torch.equal(system.image_queue.features, before["image_queue.features"])
+    assert torch.equal(system.momentum.image_queue.features, before["image_queue.features"])
 
 
 def test_temperature_is_written_back_into_its_range() -> None:
@@ -178,7 +179,8 @@ def test_equal_image_ids_share_the_target() -> None:
     system, batch = tiny_albef(teacher=Teacher(queue_size=10, alpha=0.0)).train(), tiny_batch()
     batch.image_ids = torch.tensor([0, 1, 0, 2])
     image, text = system.encode_image(batch), system.encode_text(batch)
-    taught = system._teach(batch, system._masked_texts(batch, progress(), Choices()), 0.0)
+    masked = mask_texts(batch, VOCABULARY, 0.15, progress(), Choices())
+    taught = system.momentum.teach(batch, masked, 0.0, torch.float32)
     targets = system.contrast(image.pooled, text.pooled, taught, batch.image_ids, 0.0).targets_i2t
     assert targets[0].tolist() == [0.5, 0, 0.5, 0] + [0] * 10
 
@@ -247,7 +249,7 @@ def test_a_forward_keeps_to_the_gpu(dtype: torch.dtype) -> None:
     """Mixed devices and data-dependent shapes raise under fake tensors; native half precision takes float images."""
     system, batch = tiny_albef().to(dtype).train(), tiny_batch()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (system, *system.teacher.modules.values()):
+        for module in (system, *system.momentum.teacher.modules.values()):
             _fake_parameters(module)
         system.place(torch.device("cuda"))
         on_gpu = Batch(
@@ -258,7 +260,7 @@ def test_a_forward_keeps_to_the_gpu(dtype: torch.dtype) -> None:
         assert {value.device.type for value in (*output.losses.values(), *output.metrics.values())} == {"cuda"}
         assert {loss.dtype for loss in output.losses.values()} == {torch.float32}
         system.after_step(progress(), DirectWriter())
-        assert system.image_queue.features.device.type == "cuda"
+        assert system.momentum.image_queue.features.device.type == "cuda"
 
 
 def test_two_ranks_carry_the_same_state_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +268,7 @@ def test_two_ranks_carry_the_same_state_as_one(monkeypatch: pytest.MonkeyPatch) 
     batch, ranks, alone = tiny_batch(), [tiny_albef().train() for _ in range(2)], tiny_albef().train()
     for rank, system in enumerate(ranks):
         system(part(batch, slice(2 * rank, 2 * rank + 2)), progress())
-    gathered = torch.cat([features for system in ranks for features in system._kept])
+    gathered = torch.cat([features for system in ranks for features in system.momentum.kept])
     alone(batch, progress())
     alone.after_step(progress(), DirectWriter())
     monkeypatch.setattr(distributed, "gather", lambda _local: gathered)

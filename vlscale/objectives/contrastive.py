@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vlscale import distributed
 from vlscale.nn.precision import full_precision
@@ -20,6 +21,25 @@ class InBatchItc(NamedTuple):
     """[B, B], this rank's images against its own texts, detached."""
     sim_t2i: Tensor
     """[B, B], this rank's texts against its own images, detached."""
+
+
+class CrossAlignment(NamedTuple):
+    """Student against the other modality's teacher, both directions, and what that was made of."""
+
+    i2t: Tensor
+    """Scalar loss, images against the texts' teacher."""
+    t2i: Tensor
+    sim_i2t: Tensor
+    """[B, B + Q], this batch first, then the queue."""
+    sim_t2i: Tensor
+    hard: Tensor
+    """[B, B + Q], the right answers in equal shares."""
+    targets_i2t: Tensor
+    targets_t2i: Tensor
+
+    def accuracy(self) -> Tensor:
+        """Share of the rows, of both directions, whose highest similarity is a right answer."""
+        return (retrieval_accuracy(self.sim_i2t, self.hard) + retrieval_accuracy(self.sim_t2i, self.hard)) / 2
 
 
 def clamped_temperature(temperature: Tensor, low: float = 0.001, high: float = 0.5) -> Tensor:
@@ -71,6 +91,62 @@ def smoothed_targets(teacher_sim: Tensor, hard: Tensor, alpha: float) -> Tensor:
 def soft_cross_entropy(sim: Tensor, targets: Tensor) -> Tensor:
     """Mean over the rows of −Σ targets · log softmax(sim); both [B, C]."""
     return -(targets * sim.float().log_softmax(1)).sum(1).mean()
+
+
+def cross_alignment(
+    image_feat: Tensor,
+    text_feat: Tensor,
+    taught_image: Tensor,
+    taught_text: Tensor,
+    image_queue: Tensor,
+    text_queue: Tensor,
+    temperature: Tensor,
+    image_ids: Tensor,
+    alpha: float,
+) -> CrossAlignment:
+    """ITC of ALBEF (eq. 1 and 6) and CODIS (slides, part 2: t2i and i2t), smoothed by the teacher.
+
+    The release's hard targets are the identity; equal image ids within the batch share their row here.
+
+    Args:
+        image_feat, text_feat: [B, d], the student's, unit length.
+        taught_image, taught_text: [B, d], the teacher's of the same pairs.
+        image_queue, text_queue: [d, Q], the teacher's of earlier steps.
+        temperature: scalar divisor, already clamped.
+        image_ids: [B].
+        alpha: weight of the teacher's similarities in the targets; 0 computes none.
+    """
+    sim_i2t = queue_similarities(image_feat, taught_text, text_queue, temperature)
+    sim_t2i = queue_similarities(text_feat, taught_image, image_queue, temperature)
+    hard = queue_targets(image_ids, image_queue)
+    targets_i2t = targets_t2i = hard
+    if alpha:
+        with torch.no_grad():
+            soft_i2t = queue_similarities(taught_image, taught_text, text_queue, temperature)
+            soft_t2i = queue_similarities(taught_text, taught_image, image_queue, temperature)
+        targets_i2t = smoothed_targets(soft_i2t, hard, alpha)
+        targets_t2i = smoothed_targets(soft_t2i, hard, alpha)
+    i2t, t2i = soft_cross_entropy(sim_i2t, targets_i2t), soft_cross_entropy(sim_t2i, targets_t2i)
+    return CrossAlignment(i2t, t2i, sim_i2t, sim_t2i, hard, targets_i2t, targets_t2i)
+
+
+def intra_alignment(feat: Tensor, taught: Tensor, queue: Tensor, temperature: Tensor, image_ids: Tensor) -> Tensor:
+    """CODIS, slides, part 2: i2i or t2t, a student's features against its own modality's teacher; one-hot targets.
+
+    The slide's t2t denominator repeats the images' queue; it runs over the texts' here.
+
+    Args:
+        feat, taught: [B, d], unit length.
+        queue: [d, Q].
+        temperature: scalar divisor, already clamped.
+        image_ids: [B]; equal ones share their row.
+    """
+    return soft_cross_entropy(queue_similarities(feat, taught, queue, temperature), queue_targets(image_ids, queue))
+
+
+def queue_targets(image_ids: Tensor, queue: Tensor) -> Tensor:
+    """Hard targets [B, B + Q]: equal shares where the batch's ids are equal, nothing in the queue."""
+    return functional.pad(hard_targets(image_ids, image_ids), (0, queue.shape[1]))
 
 
 def in_batch_itc(image_feat: Tensor, text_feat: Tensor, temperature: Tensor, image_ids: Tensor) -> InBatchItc:
