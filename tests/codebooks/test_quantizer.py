@@ -8,7 +8,8 @@ from torch import nn
 
 from vlscale.codebooks.health import UsageTracker, count_codes, entropy, kmeans, perplexity
 from vlscale.codebooks.protocol import Codebook
-from vlscale.codebooks.quantizer import REVIVE_EVERY, Quantizer
+from vlscale.codebooks.quantizer import Quantizer
+from vlscale.codebooks.upkeep import REVIVE_EVERY
 from vlscale.config import CodebookOptions
 
 

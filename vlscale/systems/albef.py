@@ -18,6 +18,7 @@ from vlscale.nn.heads import MlmHead
 from vlscale.nn.vision import VisionEncoder
 from vlscale.nn.writer import ParameterWriter
 from vlscale.objectives import contrastive, masking, matching
+from vlscale.systems.encoding import TEMPERATURE_RANGE, PairEncoding
 from vlscale.systems.momentum import (
     Momentum,
     Taught,
@@ -25,15 +26,12 @@ from vlscale.systems.momentum import (
     encode_clean_and_masked,
     mask_texts,
     match_states,
-    unit,
     word_table,
 )
-from vlscale.systems.protocol import Choices, Codebook, ImageStates, Progress, StepOutput, TextStates
-
-TEMPERATURE_RANGE = (0.001, 0.5)
+from vlscale.systems.protocol import Choices, Codebook, Progress, StepOutput
 
 
-class Albef(nn.Module):
+class Albef(PairEncoding, nn.Module):
     """The student's modules are registered; teacher and queues are carried beside (see `carried_state`)."""
 
     def __init__(self, config: AlbefSystem, image_size: int, vocabulary: Vocabulary) -> None:
@@ -52,11 +50,6 @@ class Albef(nn.Module):
             load_bert(config.text.init, self.text_encoder, self.fusion_encoder, self.mlm_head)
         self.momentum = Momentum(self, config.teacher, config.embed_dim)
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.vision.grid
-
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, progress: Progress, choices: Choices | None = None) -> StepOutput:
@@ -67,7 +60,7 @@ class Albef(nn.Module):
 
         images = self.vision(batch.images)  # [B, 1 + N, D_v]
         texts, masked_texts = encode_clean_and_masked(self.text_encoder, batch, masked)  # [B, L, D] each
-        image_feat, text_feat = self._image_feature(images), self._text_feature(texts)  # [B, d]
+        image_feat, text_feat = self.image_feature(images), self.text_feature(texts)  # [B, d]
         taught = self.momentum.teach(batch, masked, alpha, self.vision_proj.weight.dtype)
         contrast = self.contrast(image_feat, text_feat, taught, batch.image_ids, alpha)
 
@@ -92,7 +85,7 @@ class Albef(nn.Module):
             "itc_accuracy": contrast.accuracy(),
             "itm_accuracy": matching.itm_accuracy(itm_logits, valid),
             "mlm_accuracy": masking.masked_accuracy(mlm_logits, rows.labels),
-            "temperature": self._temperature().detach(),
+            "temperature": self.divisor().detach(),
             "itm_skipped": (~valid).sum().float(),
             "nonfinite_similarities": contrastive.count_nonfinite(contrast.sim_i2t, contrast.sim_t2i),
         }
@@ -109,7 +102,7 @@ class Albef(nn.Module):
         """ITC of ALBEF, eq. 1 and 6: student's features [B, d] against the teacher's of this batch and the queues."""
         queues = self.momentum.image_queue.features, self.momentum.text_queue.features  # [d, Q]
         return contrastive.cross_alignment(
-            image_feat, text_feat, taught.image_feat, taught.text_feat, *queues, self._temperature(), image_ids, alpha
+            image_feat, text_feat, taught.image_feat, taught.text_feat, *queues, self.divisor(), image_ids, alpha
         )
 
     # --- carried state ----------------------------------------------------------------------------------------------
@@ -135,32 +128,6 @@ class Albef(nn.Module):
         """Position tables and the temperature."""
         return {"vision.vit.pos_embed", "text_encoder.embeddings.position_embeddings.weight", "temperature"}
 
-    # --- encoding, for tasks and inspection -------------------------------------------------------------------------
-
-    def encode_image(self, batch: Batch) -> ImageStates:
-        """Student's image states; `batch.images` is float and normalised."""
-        tokens = self.vision(batch.images)
-        mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-        return ImageStates(tokens, mask, self._image_feature(tokens))
-
-    def encode_text(self, batch: Batch) -> TextStates:
-        """Student's text states."""
-        tokens = self.text_encoder(batch.input_ids, batch.attention_mask)
-        return TextStates(tokens, batch.attention_mask, self._text_feature(tokens))
-
-    def fuse(self, text: TextStates, image: ImageStates) -> Tensor:
-        """Text queries over image tokens; [B, L, D]."""
-        context = self.fusion_encoder.project_context(image.tokens)
-        return self.fusion_encoder(text.tokens, text.mask, context, image.mask)
-
-    def similarity(self, image: ImageStates, text: TextStates) -> Tensor:
-        """Cosines over the temperature, [B_image, B_text] fp32."""
-        return contrastive.similarities(image.pooled, text.pooled, self._temperature())
-
-    def match_logits(self, states: Tensor) -> Tensor:
-        """[B, L, D] → [B, 2]; class 1 = match."""
-        return self.itm_head(states[:, 0]).float()
-
     def codebooks(self) -> dict[str, Codebook]:
         """ALBEF has none."""
         return {}
@@ -174,12 +141,3 @@ class Albef(nn.Module):
     def _match(self, texts: Tensor, mask: Tensor, context: list[KeyValue], negatives: matching.Negatives) -> Tensor:
         """ITM logits [3B, 2], see `match_states`."""
         return self.match_logits(match_states(self.fusion_encoder, texts, mask, context, negatives))
-
-    def _image_feature(self, tokens: Tensor) -> Tensor:
-        return unit(self.vision_proj(tokens[:, 0]))
-
-    def _text_feature(self, tokens: Tensor) -> Tensor:
-        return unit(self.text_proj(tokens[:, 0]))
-
-    def _temperature(self) -> Tensor:
-        return contrastive.clamped_temperature(self.temperature, *TEMPERATURE_RANGE)

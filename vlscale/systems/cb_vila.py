@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vlscale.codebooks.quantizer import Quantizer
 from vlscale.config import CbVilaSystem
@@ -24,13 +23,12 @@ from vlscale.nn.vision import VisionEncoder
 from vlscale.nn.writer import ParameterWriter
 from vlscale.objectives import patches
 from vlscale.objectives.codebook import codebook_loss
-from vlscale.objectives.contrastive import clamped_temperature, in_batch_itc, similarities
+from vlscale.objectives.contrastive import in_batch_itc
 from vlscale.objectives.masking import gather_masked, mask_tokens, masked_accuracy, masking_capacity, mlm_loss
 from vlscale.objectives.matching import draw_negatives, itm_accuracy, itm_loss, valid_rows
 from vlscale.objectives.reconstruction import code_accuracy, gumbel_noise, mim_loss, normalize_patches, pixel_loss
+from vlscale.systems.encoding import TEMPERATURE_RANGE, PairEncoding
 from vlscale.systems.protocol import Choices, Codebook, ImageStates, Progress, Reconstruction, StepOutput, TextStates
-
-TEMPERATURE_RANGE = (0.001, 0.5)
 
 
 class _Pairs(NamedTuple):
@@ -63,7 +61,7 @@ class _Cells(NamedTuple):
     """[B, M] int64."""
 
 
-class CbVila(nn.Module):
+class CbVila(PairEncoding, nn.Module):
     """Encoders, codebook and heads; see the module's docstring."""
 
     def __init__(self, config: CbVilaSystem, image_size: int, vocabulary: Vocabulary, *, contrast: bool = True) -> None:
@@ -95,11 +93,6 @@ class CbVila(nn.Module):
         self.pixel_head = nn.Linear(width, 3 * self.vision.patch**2)
         if config.text.init != "random":
             load_bert(config.text.init, self.text_encoder, self.fusion_encoder, self.mlm_head)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.vision.grid
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -144,8 +137,8 @@ class CbVila(nn.Module):
         self, batch: Batch, tokens: Tensor, pairs: _Pairs, losses: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """ITC over the global batch; returns the local similarities that draw the negatives."""
-        image_feat, text_feat = self._project(self.vision_proj, tokens), self._project(self.text_proj, pairs.clean)
-        itc = in_batch_itc(image_feat, text_feat, self._divisor(), batch.image_ids)
+        image_feat, text_feat = self.image_feature(tokens), self.text_feature(pairs.clean)
+        itc = in_batch_itc(image_feat, text_feat, self.divisor(), batch.image_ids)
         losses["itc"] = itc.loss
         return itc.sim_t2i, itc.sim_i2t
 
@@ -282,29 +275,9 @@ class CbVila(nn.Module):
 
     # -- what every system offers ----------------------------------------------------------------------------------
 
-    def encode_image(self, batch: Batch) -> ImageStates:
-        tokens = self.vision(batch.images)
-        mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
-        return ImageStates(tokens, mask, self._project(self.vision_proj, tokens))
-
-    def encode_text(self, batch: Batch) -> TextStates:
-        tokens = self.text_encoder(batch.input_ids, batch.attention_mask)
-        return TextStates(tokens, batch.attention_mask, self._project(self.text_proj, tokens))
-
-    def fuse(self, text: TextStates, image: ImageStates) -> Tensor:
-        return self.fusion_encoder(
-            text.tokens, text.mask, self.fusion_encoder.project_context(image.tokens), image.mask
-        )
-
     def similarity(self, image: ImageStates, text: TextStates) -> Tensor | None:
         """None where ITC was not trained: then retrieval scores every pair with ITM."""
-        return similarities(image.pooled, text.pooled, self._divisor()) if self.trains_contrast else None
-
-    def match_logits(self, states: Tensor) -> Tensor:
-        return self.itm_head(states[:, 0]).float()
-
-    def word_logits(self, states: Tensor) -> Tensor:
-        return self.mlm_head(states, self.text_encoder.embeddings.word_embeddings.weight).float()
+        return super().similarity(image, text) if self.trains_contrast else None
 
     def codebooks(self) -> dict[str, Codebook]:
         return {"visual": self.codebook}
@@ -361,11 +334,3 @@ class CbVila(nn.Module):
         return Reconstruction(*(patches.unpatchify(rows, self.grid, size) for rows in (true, hidden, predicted)))
 
     # -- parts ---------------------------------------------------------------------------------------------------------
-
-    def _divisor(self) -> Tensor:
-        return clamped_temperature(self.temperature, *TEMPERATURE_RANGE)
-
-    @staticmethod
-    def _project(projection: nn.Linear, tokens: Tensor) -> Tensor:
-        """[B, L, D] → CLS in the shared space, unit length, fp32 [B, embed_dim]."""
-        return F.normalize(projection(tokens[:, 0]).float(), dim=-1)
