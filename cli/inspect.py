@@ -21,13 +21,14 @@ def codebook_inspect(
     data: DataOption = None,
     image_root: ImageRootOption = None,
     split: SplitOption = None,
-    show_patches: Annotated[bool, typer.Option("--show-patches", help="Draw each code's image patches.")] = False,
+    show_patches: Annotated[bool, typer.Option("--show-patches", help="Draw what each code stands for.")] = False,
     codes: Annotated[int, typer.Option(min=1, help="How many of the most used codes to draw.")] = 16,
     code: Annotated[int | None, typer.Option(min=0, help="Draw this code only.")] = None,
     out: OutOption = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
 ) -> None:
-    """What each codeword stands for: its image patches, usage, perplexity, dead codes, on one page."""
+    """What each codeword stands for, usage, perplexity, dead codes, on one page: its image patches, or its images and
+    captions where the two share the codes."""
     launch.set_threads(threads, 1)
     from vlscale.inspect.codebook import inspect_codebook, usage_table
 

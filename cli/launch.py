@@ -127,16 +127,16 @@ def start_ranks(arguments: Sequence[str], world: int) -> int:
             environment = {**os.environ, **shared, "RANK": str(index), "LOCAL_RANK": str(index)}
             # A session of its own: Ctrl-C reaches the ranks once, through us, not a second time from the terminal.
             ranks.append(
-                subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+                subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
             )
         return _wait(ranks, received)
     finally:
-        _end(ranks)
+        end(ranks)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Runs in a rank before its program: have Linux kill it when the launcher is killed.
 
     Otherwise it would go on training, and `--resume auto` would start a second run in the same folder.
@@ -167,7 +167,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> int:
         time.sleep(POLL_SECONDS)
 
 
-def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+def end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """End processes: SIGTERM, and SIGKILL for what is still there after TERMINATE_SECONDS."""
     alive = [process for process in ranks if process.poll() is None]
     for process in alive:
         process.terminate()

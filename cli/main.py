@@ -11,7 +11,7 @@ import typer
 
 from vlscale import __version__
 
-from . import bench, data, errors, first_run, inspect, launch, pretrain
+from . import ablate, bench, data, errors, first_run, inspect, launch, pretrain
 from . import eval as evaluation
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command("pretrain")(pretrain.pretrain)
 app.add_typer(evaluation.app, name="eval")
+app.command("ablate", short_help="Rows of overrides × seeds, trained and evaluated, as one table.")(ablate.ablate)
 app.command("codebook-inspect", short_help="What each codeword stands for, as a page of pictures.")(
     inspect.codebook_inspect
 )

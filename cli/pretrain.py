@@ -48,7 +48,7 @@ def pretrain(
     """Pre-train RECIPE through DeepSpeed."""
     from vlscale.config import load_recipe
 
-    resolved = load_recipe(recipe, _overrides(overrides, data, image_root))
+    resolved = load_recipe(recipe, overrides_of(overrides, data, image_root))
     world = launch.world_size(nproc)
     if dry_run:
         _describe(resolved, ds_config, world, threads)
@@ -70,7 +70,7 @@ def pretrain(
         print(f"{result.out}: {result.step} steps done, {result.seconds:.0f} s")
 
 
-def _overrides(pairs: list[str] | None, data: str | None, image_root: Path | None) -> list[str]:
+def overrides_of(pairs: list[str] | None, data: str | None, image_root: Path | None) -> list[str]:
     """`--set` pairs followed by the options that stand for a key."""
     result = list(pairs or [])
     for key, value in (("data.path", data), ("data.image_root", image_root)):

@@ -1,4 +1,4 @@
-"""The two systems through the engine: a few steps, and exact resume of everything that they carry."""
+"""The systems through the engine: a few steps, and exact resume of everything that they carry."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +32,11 @@ SMALL: dict[str, Any] = {
 }
 SYSTEMS: dict[str, dict[str, Any]] = {
     "albef": {"name": "albef", "teacher": {"queue_size": 32}},
+    "codis": {
+        "name": "codis",
+        "teacher": {"queue_size": 32},
+        "codebook": {"size": 12, "init": "kmeans", "init_step": 5, "revive_after": 2, "revive_until": 1.0},
+    },
     # k-means at step 5, MIM and MLM from 3, revival of codes unused for 2 steps: all of it on both sides of the cut.
     "cb_vila": {
         "name": "cb_vila",

@@ -91,6 +91,48 @@ class MimOptions(Section):
     """Side, in patches, of the squares that are masked together; 1 masks single patches as in the paper."""
 
 
+class TransportOptions(Section):
+    """How features are transported to the codes (CODIS)."""
+
+    solver: Literal["ipot", "sinkhorn", "pot"] = "ipot"
+    """`ipot` solves the unregularised problem, `sinkhorn` the entropic one; `pot` is POT on the host, slow."""
+    beta: PositiveFloat = 0.5
+    """IPOT's proximal weight."""
+    epsilon: PositiveFloat = 0.05
+    """Sinkhorn's regularisation, in units of the cost 1 − cosine."""
+    iterations: PositiveInt = 50
+    marginals: Literal["global", "local"] = "global"
+    """Spread the features of all ranks evenly over the codes, or each rank's own."""
+
+
+class PrototypeOptions(Section):
+    """CODIS's codebook, shared by both modalities (slides, part 1)."""
+
+    size: PositiveInt = 4000
+    temperature: PositiveFloat = 0.1
+    """Divisor of the similarities to the codes in L_i2p and L_t2p."""
+    feature: Literal["teacher", "student"] = "teacher"
+    """Whose features are transported."""
+    transport: TransportOptions = Field(default_factory=TransportOptions)
+    init: Literal["kmeans", "random"] = "random"
+    init_step: PositiveInt = 100
+    """Step after which k-means of its batch's features replaces the random codes."""
+    revive_after: NonNegativeInt = 0
+    """A code unused for so many steps is re-seeded from a feature of the batch; 0 switches revival off: the transport
+    gives every code its share."""
+    revive_until: Share = 0.7
+    """Share of the steps after which no code is revived any more."""
+
+
+class AlignOptions(Section):
+    """CODIS's teacher-student contrast (slides, part 2)."""
+
+    intra: bool = True
+    """Also against the own modality's teacher; without it L_align is ALBEF's ITC."""
+    reduce: Literal["sum", "mean"] = "sum"
+    """Of the four terms; without intra terms the mean of two, as ALBEF's."""
+
+
 class _VitSystem(Section):
     vision: Vision = Field(default_factory=Vision)
     text: Text = Field(default_factory=Text)
@@ -121,10 +163,20 @@ class CbVilaSystem(_VitSystem):
     """Steps with ITC, ITM and the pixel/codebook terms only; then MIM and MLM join."""
 
 
-SystemConfig = Annotated[AlbefSystem | CbVilaSystem, Field(discriminator="name")]
+class CodisSystem(_VitSystem):
+    """CODIS: a codebook shared by image and text, learned through optimal transport."""
+
+    name: Literal["codis"] = "codis"
+    teacher: Teacher = Field(default_factory=Teacher)
+    align: AlignOptions = Field(default_factory=AlignOptions)
+    codebook: PrototypeOptions = Field(default_factory=PrototypeOptions)
+
+
+SystemConfig = Annotated[AlbefSystem | CbVilaSystem | CodisSystem, Field(discriminator="name")]
 
 LOSSES: dict[str, tuple[str, ...]] = {
     "albef": ("itc", "itm", "mlm"),
     "cb_vila": ("itc", "itm", "mlm", "mim", "pixel", "codebook"),
+    "codis": ("align", "itm", "mlm", "code"),
 }
 """Names that `weights` may use, per system; each system's test holds its forward to them."""

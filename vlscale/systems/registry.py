@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vlscale.config import AlbefSystem, CbVilaSystem, Recipe
+from vlscale.config import AlbefSystem, CbVilaSystem, CodisSystem, Recipe
 from vlscale.data.sample import Vocabulary
 
 
@@ -19,4 +19,8 @@ def build_system(recipe: Recipe, vocabulary: Vocabulary) -> nn.Module:
         from vlscale.systems.cb_vila import CbVila
 
         return CbVila(config, size, vocabulary, contrast=recipe.weights.get("itc", 1.0) != 0)
+    if isinstance(config, CodisSystem):
+        from vlscale.systems.codis import Codis
+
+        return Codis(config, size, vocabulary, code=recipe.weights.get("code", 1.0) != 0)
     raise AssertionError(f"unregistered system {config.name}")
