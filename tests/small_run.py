@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,16 +51,22 @@ def make_recipe(data: Path, system: str = "cb_vila") -> Recipe:
         "text": text,
         "embed_dim": 16,
     }
-    own = {"codebook": {"size": 24}} if system == "cb_vila" else {"teacher": {"queue_size": 16}}
+    own: dict[str, Any] = {}
+    if system != "albef":
+        own["codebook"] = {"size": 24}
+    if system != "cb_vila":
+        own["teacher"] = {"queue_size": 16}
     section = {"path": str(data), "image_size": 32, "workers": 0, "tokenizer": {"vocab_size": 200}}
     return Recipe.model_validate(
         {"name": "small", "system": tree | own, "data": section, "eval": {"rerank": 4, "batch_size": 4}}
     )
 
 
-def make_parts(folder: Path, system: str = "cb_vila") -> tuple[nn.Module, list[Sample], Recipe, TextTokenizer]:
+def make_parts(
+    folder: Path, system: str = "cb_vila", count: int = 10
+) -> tuple[nn.Module, list[Sample], Recipe, TextTokenizer]:
     """An untrained system in evaluation mode and what to evaluate it with."""
-    recipe = make_recipe(make_data(folder), system)
+    recipe = make_recipe(make_data(folder, count), system)
     samples = read_data(recipe.data)
     tokenizer = build_tokenizer(recipe.data.tokenizer, (c for sample in samples for c in sample.captions))
     torch.manual_seed(0)
@@ -70,9 +77,9 @@ def make_parts(folder: Path, system: str = "cb_vila") -> tuple[nn.Module, list[S
     return built, samples, recipe, tokenizer
 
 
-def make_run(folder: Path, system: str = "cb_vila") -> Path:
-    """A run folder with one complete checkpoint."""
-    built, _, recipe, tokenizer = make_parts(folder / "data", system)
+def make_run(folder: Path, system: str = "cb_vila", count: int = 10) -> Path:
+    """A run folder with one complete checkpoint, and `count` images to look at."""
+    built, _, recipe, tokenizer = make_parts(folder / "data", system, count)
     run = folder / "run"
     checkpoint = run / layout.CHECKPOINTS / layout.checkpoint_name(3)
     checkpoint.mkdir(parents=True)

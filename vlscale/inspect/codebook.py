@@ -1,7 +1,9 @@
-"""What each codeword stands for (CB-ViLA, section IV-G, Fig. 3): the image patches that quantise to it."""
+"""What each codeword stands for: the image patches that quantise to it (CB-ViLA, section IV-G, Fig. 3), or, where
+images and texts share the codes, the images and captions nearest to it (CODIS)."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +13,8 @@ from rich.table import Table
 
 from vlscale.errors import UserError
 from vlscale.inspect import pictures, report
+from vlscale.inspect.shared import Encoded, WordTable, encode_pairs, shared_codebooks
+from vlscale.inspect.shared_section import shared_section, shared_table
 from vlscale.inspect.usage import (
     MAX_IMAGES,
     Assigned,
@@ -43,13 +47,13 @@ def inspect_codebook(
     out: Path | None = None,
     image_root: str | None = None,
 ) -> Path:
-    """Usage of a run's codebooks over a split, and the patches of their codes.
+    """Usage of a run's codebooks over a split, and the patches, or images and captions, of their codes.
 
     Args:
         source: run folder or checkpoint folder.
         codes: the most used codes to list and draw; a quarter as many rarer ones join them.
         code: this one only.
-        show_patches: draw patches; without, only statistics.
+        show_patches: draw what codes stand for; without, only statistics.
         out: folder of the page, default `codebook/` in the run folder; replaced as a whole.
 
     Returns:
@@ -62,14 +66,25 @@ def inspect_codebook(
     split_name, samples = run_samples(run, data, split, image_root)
     seen = some_samples(samples, MAX_IMAGES)
     system = cast(System, run.system)
-    assigned = assign_codes(system, seen, run.recipe.data, run.recipe.eval.batch_size, run.device, source)
+    shared = shared_codebooks(system)
+    over_patches = {name: book for name, book in system.codebooks().items() if name not in shared}
+    assigned = encoded = None
+    if over_patches or not shared:
+        assigned = assign_codes(system, seen, run.recipe.data, run.recipe.eval.batch_size, run.device, source)
+    if shared:
+        encoded = encode_pairs(run, system, seen)
     folder = out or run.folder / "codebook"
     with report.replaced_folder(folder) as new:
-        sections = {
-            name: _section(new, name, assigned, book.codes.detach().float().cpu().numpy(), codes, code, show_patches)
-            for name, book in system.codebooks().items()
-        }
-        facts = _facts(run, data, split_name, len(samples), assigned)
+        sections: dict[str, Any] = {}
+        if assigned:
+            for name, book in over_patches.items():
+                vectors = book.codes.detach().float().cpu().numpy()
+                sections[name] = _section(new, name, assigned, vectors, codes, code, show_patches)
+        if encoded:
+            words = WordTable(encoded.captions, run.tokenizer.options.max_words)
+            for name, common in shared.items():
+                sections[name] = shared_section(new, name, common, encoded, words, codes, code, show_patches)
+        facts = _facts(run, data, split_name, len(samples), assigned, encoded)
         files = sorted(entry.name for entry in new.iterdir())
         write_json(new / report.CODEBOOK, {"facts": facts, "codebooks": sections, "files": files})
     return folder / report.PAGE
@@ -80,6 +95,8 @@ def usage_table(page: Path) -> Table:
     content = report.read_json(page.parent / report.CODEBOOK)
     assert content is not None
     name, section = next(iter(content["codebooks"].items()))
+    if "agreement" in section:  # only where images and texts share the codes
+        return shared_table(name, section)
     unused = f"{len(section['dead'])} of {section['size']} codes never chosen"
     table = Table(
         title=f"Codebook “{name}”: perplexity {section['perplexity']:.1f}, {unused}",
@@ -188,19 +205,31 @@ def _draw_examples(folder: Path, name: str, assigned: Assigned, colours: np.ndar
     return path
 
 
-def _facts(run: Run, data: str | None, split: str, available: int, assigned: Assigned) -> dict[str, Any]:
+def _facts(
+    run: Run, data: str | None, split: str, available: int, assigned: Assigned | None, encoded: Encoded | None
+) -> dict[str, Any]:
     """What a reader needs to know about the page, as shown at its foot."""
+    looked_at = assigned or encoded
+    assert looked_at is not None
     facts: dict[str, Any] = {
         "run": run.folder.name,
         "checkpoint": run.checkpoint.name,
         "step": run.step,
         "recipe": run.recipe.name,
-        "data": data or run.recipe.data.path or "embedded scenes",
+        "data": _without_folders(data or run.recipe.data.path or "embedded scenes"),
         "split": split,
-        "images": f"{len(assigned.images)} of {available}",
+        "images": f"{len(looked_at.images)} of {available}",
         "resolution": run.recipe.data.image_size,
-        "patches per image": f"{assigned.grid[0]} × {assigned.grid[1]}",
     }
-    if assigned.skipped:
-        facts["unreadable images"] = "; ".join(assigned.skipped)
+    if assigned:
+        facts["patches per image"] = f"{assigned.grid[0]} × {assigned.grid[1]}"
+    if encoded:
+        facts["captions"] = f"{len(encoded.captions)} of {encoded.available}"
+    if looked_at.skipped:
+        facts["unreadable images"] = _without_folders("; ".join(looked_at.skipped))
     return facts
+
+
+def _without_folders(text: str) -> str:
+    """Absolute paths in a text cut to their last names: a page is made to be passed on."""
+    return re.sub(r"""(?<![^\s'"])/[^:;'"]*/""", "", text)

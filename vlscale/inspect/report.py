@@ -8,38 +8,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from vlscale.errors import UserError
+from vlscale.inspect import shared_page
+from vlscale.inspect.html import document, figure, table, word_shares
 from vlscale.interop.layout import write_text
 
 PAGE = "index.html"
 CODEBOOK = "codebook.json"
 RECONSTRUCTIONS = "reconstructions.json"
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222831; background: #fff; margin: 2rem auto; max-width: 1180px;
-  padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; }
-h3 { font-size: 1.02rem; margin: 1.8rem 0 .3rem; }
-p, figcaption { color: #4a5360; max-width: 62rem; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
-figure img { border: 1px solid #e4e7eb; border-radius: 6px; background: #fff; }
-.numbers { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; padding: 0; list-style: none; }
-.numbers li { border: 1px solid #e4e7eb; border-radius: 8px; padding: .55rem 1rem; min-width: 7.5rem; }
-.numbers b { display: block; font-size: 1.35rem; font-weight: 600; }
-.numbers span { color: #687280; font-size: .85rem; }
-table { border-collapse: collapse; font-size: .92rem; } th { text-align: left; font-weight: 600; color: #4a5360; }
-th, td { padding: .28rem 1rem .28rem 0; border-bottom: 1px solid #eceff2; vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-a { color: #1f5fa8; }
-.faint { color: #7b8591; } .whole { white-space: nowrap; }
-details { margin: .8rem 0; } code { font-size: .9em; overflow-wrap: anywhere; }
-.code { border-top: 1px solid #eceff2; padding-top: .4rem; }
-"""
+__all__ = ["CODEBOOK", "PAGE", "RECONSTRUCTIONS", "document", "figure", "read_json", "replaced_folder", "write_page"]
 
 
 def write_page(folder: Path) -> Path:
@@ -56,33 +40,6 @@ def write_page(folder: Path) -> Path:
     page = folder / PAGE
     write_text(page, document(f"{facts.get('run', folder.name)}: codebook", body))
     return page
-
-
-def document(title: str, body: Iterable[str]) -> str:
-    """A whole HTML page; `title` is escaped here, the body's parts are HTML."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def figure(source: str, caption: str, alt: str) -> str:
-    """An image with a caption; all three are escaped."""
-    return (
-        f'<figure><a href="{escape(source)}"><img src="{escape(source)}" alt="{escape(alt)}"></a>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[bool]) -> str:
-    """A table of cells that are HTML already."""
-    kind = [' class="n"' if right else "" for right in numeric]
-    head = "".join(f"<th{k}>{escape(name)}</th>" for k, name in zip(kind, header, strict=True))
-    lines = ["".join(f"<td{k}>{cell}</td>" for k, cell in zip(kind, row, strict=True)) for row in rows]
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 @contextmanager
@@ -129,6 +86,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _codebook(name: str, section: dict[str, Any]) -> list[str]:
     """One codebook: numbers, histogram, overview, table, examples, pages per code, dead codes."""
+    if "agreement" in section:  # only where images and texts share the codes
+        return shared_page.codebook(name, section)
     size, dead = section["size"], section["dead"]
     numbers = [
         (f"{section['perplexity']:.1f}", "perplexity"),
@@ -173,7 +132,7 @@ def _code_table(section: dict[str, Any]) -> str:
     for code in section["codes"]:
         label = f'<a href="#code-{code["code"]}">{code["code"]}</a>' if "picture" in code else str(code["code"])
         row = [label, f"{code['count']:,}", f"{100 * code['share']:.2f} %"]
-        rows.append(row + [_shares(code["words"])] * worded + [_shares(code["tags"])] * tagged)
+        rows.append(row + [word_shares(code["words"])] * worded + [word_shares(code["tags"])] * tagged)
     note = (
         "<p>In whose boxes the centres of a code's patches fall (the smallest box that holds them) more often than "
         "patches do everywhere; the largest excess first.</p>"
@@ -181,17 +140,9 @@ def _code_table(section: dict[str, Any]) -> str:
     return (note if tagged else "") + table(header, rows, [True, True, True, False, False][: len(header)])
 
 
-def _shares(shares: list[dict[str, Any]]) -> str:
-    def one(item: dict[str, Any]) -> str:
-        everywhere = f'<span class="faint">({100 * item["everywhere"]:.0f} %)</span>'
-        return f'<span class="whole">{escape(item["tag"])} {100 * item["share"]:.0f} % {everywhere}</span>'
-
-    return ", ".join(map(one, shares))
-
-
 def _one_code(code: dict[str, Any]) -> str:
     caption = f"{code['count']:,} patches, {100 * code['share']:.2f} % of all, in {code['images']:,} images"
-    shares = _shares(code["words"] or code["tags"])
+    shares = word_shares(code["words"] or code["tags"])
     return (
         f'<section class="code" id="code-{code["code"]}"><h3>Code {code["code"]}</h3>'
         + figure(code["picture"], caption, f"patches of code {code['code']}")

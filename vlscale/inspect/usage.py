@@ -101,14 +101,14 @@ def assign_codes(
         raise UserError(f"{name}: its system has no codebook over image patches, so there is nothing to inspect")
     kept: list[int] = []
     images: list[Tensor] = []
-    codes: dict[str, list[Tensor]] = {book: [] for book in books}
+    codes: dict[str, list[Tensor]] = {}
     skipped: list[str] = []
     for loaded, batch in normalized_batches(samples, data, batch_size, device):
         kept += loaded.image_ids.tolist()
         images.append(loaded.images)
         skipped += loaded.skipped
         for book, features in system.codebook_features(batch).items():
-            codes[book].append(books[book].assign(features).cpu())
+            codes.setdefault(book, []).append(books[book].assign(features).cpu())
     if not kept:
         raise UserError(f"none of the {len(samples)} images can be read, the first is {skipped[0]}; check --image-root")
     return Assigned(

@@ -188,5 +188,11 @@ class Codis(PairEncoding, nn.Module):
         return {"shared": self.codebook} if self.trains_code else {}
 
     def codebook_features(self, batch: Batch) -> dict[str, Tensor]:
-        """One feature per image, [B, 1, d]: the codes stand for whole images and texts."""
-        return {"shared": self.encode_image(batch).pooled[:, None]} if self.trains_code else {}
+        """None over patches: the codes stand for whole images and texts, see `codebook_pairs`."""
+        return {}
+
+    def codebook_pairs(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per codebook the features of images and of texts that it is shared by, [B, d] each, unit length."""
+        if not self.trains_code:
+            return {}
+        return {"shared": (self.encode_image(batch).pooled, self.encode_text(batch).pooled)}

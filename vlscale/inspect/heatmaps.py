@@ -1,0 +1,91 @@
+"""Charts of a codebook that images and texts share: usage, transport plans, agreement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+DPI = 110
+PLAN_SIZE = (11.0, 6.0)
+"""Inches of the picture of the plans."""
+COLOURS = "viridis"
+MAX_LABELS = 32
+"""Codes up to which each gets its number on the axis."""
+
+
+def usage_chart(counts: dict[str, np.ndarray], perplexity: dict[str, float], path: Path) -> None:
+    """Uses of every code, sorted, on a log scale, one panel per kind; counts [K] each."""
+    figure = _figure(11.0, 3.2)
+    panels = figure.subplots(1, len(counts), squeeze=False)[0]
+    for axes, (kind, values) in zip(panels, counts.items(), strict=True):
+        ordered = np.sort(values)[::-1]
+        used = int((ordered > 0).sum())
+        axes.bar(np.arange(used), ordered[:used], width=1.0, color="#3b6ea5")
+        if used < len(ordered):
+            axes.axvspan(used - 0.5, len(ordered) - 0.5, color="#f2c6c6", label=f"never chosen: {len(ordered) - used}")
+        label = f"perplexity: {perplexity[kind]:.1f}"
+        axes.axvline(perplexity[kind], color="#c2410c", linestyle="--", linewidth=1.2, label=label)
+        axes.set_yscale("log")
+        axes.set_xlim(-0.5, len(ordered) - 0.5)
+        axes.set_xlabel(f"codes, those most used by {kind} first")
+        axes.set_ylabel(kind)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper right", facecolor="white", framealpha=1.0, edgecolor="none")
+    _save(figure, path)
+
+
+def plan_chart(images: np.ndarray, texts: np.ndarray, codes: np.ndarray, path: Path) -> None:
+    """Plans [G, C] of images and of their texts on one colour scale, codes [C]."""
+    figure = _figure(*PLAN_SIZE)
+    panels = figure.subplots(1, 2, sharey=True)
+    scale = PowerNorm(0.5, vmin=0, vmax=float(max(images.max(), texts.max())))  # small shares stay visible
+    for axes, plan, kind in zip(panels, (images, texts), ("images", "their texts"), strict=True):
+        drawn = axes.imshow(plan, cmap=COLOURS, norm=scale, aspect="auto", interpolation="nearest")
+        axes.set_title(kind, fontsize=11)
+        axes.set_xlabel("codes in use, similar ones side by side")
+        _label(axes, codes, "x")
+    panels[0].set_ylabel(f"{len(images)} pairs, by the code of the image")
+    figure.colorbar(drawn, ax=panels, label="G · T", fraction=0.04, pad=0.02)
+    _save(figure, path)
+
+
+def agreement_chart(counts: np.ndarray, codes: np.ndarray, path: Path) -> None:
+    """Pairs by the code of the image (rows) and of the text (columns); counts [C, C], codes [C]."""
+    figure = _figure(7.6, 6.4)
+    axes = figure.subplots()
+    scale = PowerNorm(0.5, vmin=0, vmax=float(max(1, counts.max())))
+    drawn = axes.imshow(counts, cmap=COLOURS, norm=scale, interpolation="nearest")
+    _label(axes, codes, "x")
+    _label(axes, codes, "y")
+    axes.set_xlabel("code of the text")
+    axes.set_ylabel("code of the image")
+    for row, column in np.argwhere(counts > 0):
+        colour = "black" if scale(counts[row, column]) > 0.6 else "white"
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(drawn, ax=axes, label="pairs", fraction=0.046, pad=0.02)
+    _save(figure, path)
+
+
+def _label(axes: Axes, codes: np.ndarray, axis: Literal["x", "y"]) -> None:
+    if len(codes) > MAX_LABELS:
+        axes.set(**{f"{axis}ticks": []})
+        return
+    axes.set(**{f"{axis}ticks": range(len(codes)), f"{axis}ticklabels": codes})
+    axes.tick_params(axis=axis, labelsize=7, rotation=90 if axis == "x" else 0)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """The same bytes every time."""
+    figure.savefig(path, metadata={"Software": None})
