@@ -126,9 +126,7 @@ def start_ranks(arguments: Sequence[str], world: int) -> int:
         for index in range(world):
             environment = {**os.environ, **shared, "RANK": str(index), "LOCAL_RANK": str(index)}
             # A session of its own: Ctrl-C reaches the ranks once, through us, not a second time from the terminal.
-            ranks.append(
-                subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
-            )
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent))
         return _wait(ranks, received)
     finally:
         end(ranks)
