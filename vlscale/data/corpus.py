@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -40,13 +41,13 @@ class Corpus(Sequence[Sample]):
             raise IndexError(index)
         return self.sample(index % len(self))
 
+    @abstractmethod
     def sample(self, index: int) -> Sample:
         """The sample of 0 ≤ index < len.
 
         Raises:
             SampleError: it can't be read any more.
         """
-        raise NotImplementedError
 
     def readable(self) -> Iterator[Sample]:
         """All samples in order, but those that can't be read any more, which are named in the log."""
@@ -56,25 +57,25 @@ class Corpus(Sequence[Sample]):
             except SampleError as error:
                 _log.warning("%s: %s; left out", self.where(index), error)
 
+    @abstractmethod
     def where(self, index: int) -> str:
         """Names the sample without reading it, for what goes wrong with it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self) -> list[Part]:
         """How samples lie together and how often they come, for the order."""
-        raise NotImplementedError
 
     def per_epoch(self) -> int:
         """Samples that an epoch of training takes, weights counted."""
         return sum(part.per_epoch() for part in self.parts())
 
+    @abstractmethod
     def splits(self) -> dict[str, int]:
         """Samples per split, most first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def select(self, splits: Collection[str], captioned: bool = True) -> Corpus:
         """The samples of these splits, in their order; `captioned`: only those that have a caption."""
-        raise NotImplementedError
 
 
 class SampleList(Corpus):
