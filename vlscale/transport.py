@@ -24,7 +24,7 @@ REBUILD_EVERY = 25
 """Iterations after which the exp domain moves the scalings into the kernel's exponent, below `ROOMY_FROM`."""
 ROOMY_FROM = 1 / 30
 """From this ε on four times as many: exp(−2/ε) and the scalings for costs in [0, 2] are within `SCALING_LIMIT`."""
-FOLDED_RANGE = 20.0
+FOLDED_RANGE = 40.0
 """Exponent that IPOT's kernel may reach, at costs in [0, 2], before the scalings are multiplied into the plan."""
 LOWEST_EXPONENT = -80.0
 """Floor of the kernel's exponent: zero columns would divide by zero, denormal entries are slow on a CPU."""
@@ -32,7 +32,7 @@ SCALING_LIMIT = 1e26
 """Scalings stay within this factor of 1, so that no product of two of them and a kernel entry overflows."""
 SLAB = 1 << 17
 """Entries of a slab of the kernel, half a MiB."""
-SMALLEST_MASS = 1e-28
+SMALLEST_MASS = 1e-20
 """Floor of IPOT's plan between steps: an entry at zero could never come back."""
 
 
@@ -47,6 +47,10 @@ class Transport(NamedTuple):
     """g, [..., K] float32."""
     iterations: int
     """How many ran, of any problem in the batch."""
+
+
+Slabs = tuple[Tensor, ...]
+"""A matrix in consecutive rows, views of one tensor: [h, K] each, or all of [..., G, K]."""
 
 
 class _Problem(NamedTuple):
@@ -232,7 +236,7 @@ def _reduced(cost: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]
     return torch.cat(lowest, -2).squeeze(-1), g
 
 
-def _slabs(matrix: Tensor) -> tuple[Tensor, ...]:
+def _slabs(matrix: Tensor) -> Slabs:
     """Rows in slabs that fit a CPU core's cache, so that what is done twice to a slab reads it once from memory."""
     if matrix.dim() > 2 or matrix.device.type != "cpu" or torch.is_grad_enabled():
         return (matrix,)
@@ -262,7 +266,7 @@ def _sinkhorn_exp(problem: _Problem, epsilon: float, f: Tensor, g: Tensor) -> Tr
             return Transport(_scaled(slabs, kernel, u, v), f, g, done)
 
 
-def _kernel(cost: Tensor, f: Tensor, g: Tensor, epsilon: float, out: Tensor | None) -> tuple[Tensor, ...]:
+def _kernel(cost: Tensor, f: Tensor, g: Tensor, epsilon: float, out: Tensor | None) -> Slabs:
     """exp((f + g − C)/ε) in slabs of `out`, or in a new tensor."""
     parts = _slabs(cost)
     shifts = f.unsqueeze(-1).split(parts[0].shape[-2], -2)
@@ -277,7 +281,7 @@ def _kernel(cost: Tensor, f: Tensor, g: Tensor, epsilon: float, out: Tensor | No
 class _Sweep:
     """u = rows / (K v) and Kᵀ u for a fixed K, reading every slab of it once; v [..., K] → [..., G], [..., K]."""
 
-    def __init__(self, slabs: tuple[Tensor, ...], rows: Tensor) -> None:
+    def __init__(self, slabs: Slabs, rows: Tensor) -> None:
         self.slabs, self.rows, self.u = slabs, rows, torch.empty_like(rows)
         if len(slabs) > 1:  # views made once: they cost as much as the products
             height = slabs[0].shape[0]
@@ -296,7 +300,7 @@ class _Sweep:
         return self.u, mass
 
 
-def _scaled(slabs: tuple[Tensor, ...], kernel: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
+def _scaled(slabs: Slabs, kernel: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
     """diag(u) K diag(v), [..., G, K], in place of the kernel that the slabs are views of, if there is one."""
     if kernel is None:
         return slabs[0] * u.unsqueeze(-1) * v.unsqueeze(-2)
@@ -327,29 +331,69 @@ def _ipot_exp(problem: _Problem, beta: float, inner: int, warm: Transport | None
     exponent, lowest, below, log_sigma = _ipot_start(problem.cost, beta, warm)
     factor, sigma = exponent.clamp_(min=LOWEST_EXPONENT).exp_(), log_sigma.exp()
     plan = torch.ones_like(factor) if warm is None else warm.plan.clamp(min=SMALLEST_MASS)
-    fold = max(1, int(FOLDED_RANGE * beta / 2))
+    step = _Step(plan, factor, problem.rows)
+    fold_every = max(1, int(FOLDED_RANGE * beta / 2))
     delta = d_before = torch.ones_like(lowest)
     s_before = torch.ones_like(sigma)
     done, stop = 0, False
     while done < problem.iterations and not stop:
-        plan.mul_(factor)
-        s = s_before * sigma
-        for _ in range(inner):
-            d = _scaling(problem.rows, _product(plan, s))
-            s = _scaling(problem.columns, _product(plan.mT, d))
-        delta, sigma = d / d_before, s / s_before
-        d_before, s_before = d, s
+        if done and done % fold_every == 0:
+            mass = step(sigma, folded=s_before)
+            d_before, s_before = torch.ones_like(d_before), torch.ones_like(s_before)
+        else:
+            mass = step(s_before * sigma)
+        s = _scaling(problem.columns, mass)
+        for _ in range(inner - 1):
+            s = _scaling(problem.columns, step(s, takes_factor=False))
+        delta, sigma = step.d / d_before, s / s_before
+        d_before, s_before = step.d.clone(), s
         done += 1
-        stop = problem.tolerance is not None and _close(d * _product(plan, s), problem.rows, problem.tolerance)
-        if stop or done == problem.iterations or done % fold == 0:
-            plan.mul_(d.unsqueeze(-1)).mul_(s.unsqueeze(-2)).clamp_(min=SMALLEST_MASS)
-            d_before, s_before = torch.ones_like(d), torch.ones_like(s)
+        left = step.d * _product(plan, s) if problem.tolerance is not None else None
+        stop = left is not None and _close(left, problem.rows, problem.tolerance)
+    if done:
+        step.fold(s_before)
     return Transport(plan, lowest + beta * delta.log(), below + beta * sigma.log(), done)
+
+
+class _Step:
+    """IPOT's work on P, which it changes in place, slab by slab so that each is read from memory once.
+
+    `d`, [..., G], are the rows' scalings; calls return the columns' mass Pᵀ d, [..., K].
+    """
+
+    def __init__(self, plan: Tensor, factor: Tensor, rows: Tensor) -> None:
+        self.d = torch.ones_like(plan[..., 0])
+        slabs = _slabs(plan)
+        height = slabs[0].shape[-2]
+        transposed = [slab.mT for slab in slabs]  # views made once: they cost as much as the products
+        wanted, d = rows.split(height, -1), self.d.split(height, -1)
+        self.parts = list(zip(slabs, transposed, _slabs(factor), wanted, d, strict=True))
+
+    def __call__(self, s: Tensor, folded: Tensor | None = None, *, takes_factor: bool = True) -> Tensor:
+        """P takes the factor and its rows are scaled against s, [..., K]; d and `folded` are multiplied in before."""
+        mass = torch.zeros_like(s)
+        for plan, transposed, factor, wanted, d in self.parts:
+            if folded is not None:
+                _fold(plan, d, folded)
+            if takes_factor:
+                plan.mul_(factor)
+            torch.div(wanted, _product(plan, s), out=d).clamp_(1 / SCALING_LIMIT, SCALING_LIMIT)
+            mass = mass.addmv_(transposed, d) if mass.dim() == 1 else mass + _product(transposed, d)
+        return mass
+
+    def fold(self, s: Tensor) -> None:
+        """P becomes diag(d) P diag(s)."""
+        for plan, _, _, _, d in self.parts:
+            _fold(plan, d, s)
+
+
+def _fold(plan: Tensor, d: Tensor, s: Tensor) -> None:
+    plan.mul_(d.unsqueeze(-1)).mul_(s.unsqueeze(-2)).clamp_(min=SMALLEST_MASS)
 
 
 def _ipot_log(problem: _Problem, beta: float, inner: int, warm: Transport | None) -> Transport:
     exponent, lowest, below, sigma = _ipot_start(problem.cost, beta, warm)
-    logs = torch.zeros_like(exponent) if warm is None else warm.plan.clamp(min=SMALLEST_MASS).log()
+    logs = torch.zeros_like(exponent) if warm is None else warm.plan.clamp(min=torch.finfo(torch.float32).tiny).log()
     rows, columns = problem.rows.log(), problem.columns.log()
     delta, done, stop = torch.zeros_like(lowest), 0, False
     while done < problem.iterations and not stop:

@@ -32,7 +32,7 @@ def pot_sinkhorn(cost: Tensor, epsilon: float, method: str) -> Tensor:
 def test_sinkhorns_forward(epsilon: float, over_plain: float) -> None:
     """At 0.02 the kernel is rebuilt once on the way, which POT does not do; at 0.01 POT computes with denormals.
 
-    The goal is 1.5 times POT's plain form everywhere; 1.2 to 1.56 were measured at 0.02, 1.36 to 1.7 at 0.05.
+    The goal is 1.5 times POT's plain form everywhere; 1.2 to 1.6 were measured at 0.02, 1.36 to 1.7 at 0.05.
     """
     cost = cosine_cost()
     work = {
@@ -44,7 +44,7 @@ def test_sinkhorns_forward(epsilon: float, over_plain: float) -> None:
     taken = interleaved(work, repeats=11)
     logarithms, plain = (ratio(taken, peer, "sinkhorn") for peer in ("POT, logarithms", "POT, plain"))
     ratio(taken, "ipot", "sinkhorn")
-    # The goal is 8; 6.8 to 8.6 were measured on idle machines. Below 6 something got slower.
+    # The goal is 8; 6.8 to 12 were measured on idle machines. Below 6 something got slower.
     assert logarithms >= 6
     assert plain >= over_plain
 

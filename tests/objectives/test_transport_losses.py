@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vlscale.codebooks.prototypes import Prototypes
 from vlscale.config import PrototypeOptions, TransportOptions
-from vlscale.objectives.transport import code_losses, prediction_loss, transport_loss
+from vlscale.objectives.transport import code_losses, modality_losses
 
 G, K, D = 12, 7, 5
 
@@ -71,15 +71,34 @@ def test_rows_are_distributions_and_codes_get_equal_shares(solver: str) -> None:
     assert not spread.requires_grad
 
 
+def plain_losses(sim: Tensor, other: Tensor, own: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Both losses as the formulas read, for autograd to differentiate."""
+    prediction = -(other * (sim / temperature).log_softmax(1)).sum(1).mean()
+    return prediction, (own * (1 - sim)).sum(1).mean()
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, -2.0)])
+def test_the_gradient_is_the_formulas(weights: tuple[float, float]) -> None:
+    """Also where the plans' rows are no distributions, as an unconverged solver leaves them."""
+    torch.manual_seed(0)
+    other, own = torch.rand(G, K), torch.rand(G, K)
+    sim = torch.rand(G, K).mul_(2).sub_(1)
+    leaves = [sim.clone().requires_grad_() for _ in range(2)]
+    for leaf, losses in zip(leaves, (modality_losses, plain_losses), strict=True):
+        found = losses(leaf, other, own, 0.07)
+        sum(weight * loss for weight, loss in zip(weights, found, strict=True)).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(modality_losses(sim, other, own, 0.07), plain_losses(sim, other, own, 0.07))
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
 def test_what_moves_and_what_does_not() -> None:
     """Gradient reaches features and codes through P and D, none through the plan."""
     image, text, book = problem()
     image.requires_grad_()
     spread = book.transported(text)
-    predicted = prediction_loss(book.similarities(image), spread, 0.1)
-    for loss in (predicted, transport_loss(book.similarities(image), spread)):
+    for which in range(2):
         image.grad = book.codes.grad = None
-        loss.backward()
+        modality_losses(book.similarities(image), spread, spread, 0.1)[which].backward()
         assert image.grad is not None
         assert image.grad.abs().sum() > 0
         assert book.codes.grad is not None
@@ -102,7 +121,7 @@ def test_codes_are_used_at_unit_length_and_never_rescaled() -> None:
     assert torch.equal(book.codes, before)
     # A gradient step along the codes' own direction changes nothing: it is orthogonal to them.
     book.codes.grad = None
-    transport_loss(book.similarities(image), spread).backward()
+    modality_losses(book.similarities(image), spread, spread, 0.1)[1].backward()
     assert book.codes.grad is not None
     torch.testing.assert_close((book.codes.grad * book.codes).sum(1), torch.zeros(K), atol=1e-6, rtol=0)
 

@@ -149,7 +149,7 @@ def test_the_code_loss_alone_brings_pairs_together() -> None:
     batch = tiny_batch(8)
     optimizer = torch.optim.Adam(system.parameters(), lr=0.02)
     first = last = 0.0
-    for step in range(80):
+    for step in range(120):
         output = system(batch, progress(step=step))
         first = first or float(output.losses["code"].detach())
         last = float(output.losses["code"].detach())
