@@ -348,8 +348,8 @@ def _ipot_exp(problem: _Problem, beta: float, inner: int, warm: Transport | None
         delta, sigma = step.d / d_before, s / s_before
         d_before, s_before = step.d.clone(), s
         done += 1
-        left = step.d * _product(plan, s) if problem.tolerance is not None else None
-        stop = left is not None and _close(left, problem.rows, problem.tolerance)
+        if problem.tolerance is not None:
+            stop = _close(step.d * _product(plan, s), problem.rows, problem.tolerance)
     if done:
         step.fold(s_before)
     return Transport(plan, lowest + beta * delta.log(), below + beta * sigma.log(), done)
