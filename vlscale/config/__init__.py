@@ -3,7 +3,8 @@
 Imports neither torch nor deepspeed. Unknown keys are errors; every field says what it is and in which unit.
 """
 
-from vlscale.config.data import CLIP_MEAN, CLIP_STD, Augmentation, Data, Scenes, Tokenizer
+from vlscale.config.bert import Bert
+from vlscale.config.data import CLIP_MEAN, CLIP_STD, Aspect, Augmentation, Data, Scenes, Texts, Tokenizer
 from vlscale.config.loading import (
     apply_override,
     cache_dir,
@@ -12,8 +13,9 @@ from vlscale.config.loading import (
     recipe_names,
     write_recipe,
 )
-from vlscale.config.recipe import Checkpoint, Evaluation, Recipe, Train
+from vlscale.config.recipe import Checkpoint, Evaluation, Rate, Recipe, Sgd, Train
 from vlscale.config.section import Section
+from vlscale.config.soho import Backbone, Dictionary, Joint, Mvm, Neck, SohoSystem
 from vlscale.config.systems import (
     LOSSES,
     AlbefSystem,
@@ -36,21 +38,32 @@ __all__ = [
     "LOSSES",
     "AlbefSystem",
     "AlignOptions",
+    "Aspect",
     "Augmentation",
+    "Backbone",
+    "Bert",
     "CbVilaSystem",
     "Checkpoint",
     "CodebookOptions",
     "CodisSystem",
     "Data",
+    "Dictionary",
     "Evaluation",
+    "Joint",
     "MimOptions",
+    "Mvm",
+    "Neck",
     "PrototypeOptions",
+    "Rate",
     "Recipe",
     "Scenes",
     "Section",
+    "Sgd",
+    "SohoSystem",
     "SystemConfig",
     "Teacher",
     "Text",
+    "Texts",
     "Tokenizer",
     "Train",
     "TransportOptions",

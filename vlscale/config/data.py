@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vlscale.config.section import PositiveShare, Section
 
@@ -37,6 +37,40 @@ class Augmentation(Section):
     """Number of operations and magnitude; null switches it off."""
 
 
+class Aspect(Section):
+    """Inputs that keep their aspect ratio: resized, padded, and batched with others of a similar shape."""
+
+    short: PositiveInt = 600
+    """Length of the shorter side in pixels …"""
+    long: PositiveInt = 1000
+    """… unless the longer one would exceed this."""
+    multiple: PositiveInt = 64
+    """A batch is padded to the next multiple of this, right and below."""
+    window: PositiveInt = 4096
+    """Samples of the order that are sorted by aspect ratio before steps are cut."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Aspect:
+        if self.short > self.long:
+            raise ValueError(f"short {self.short} is more than long {self.long}: swap them")
+        return self
+
+
+class Texts(Section):
+    """Texts that come with every image."""
+
+    positive: PositiveInt = 1
+    """Its own captions, drawn without repetition while there are enough."""
+    negative: NonNegativeInt = 0
+    """Captions of other images, one each."""
+    coin: bool = False
+    """Each of the positive + negative texts is one or the other with probability ½ (SOHO's release)."""
+
+    @property
+    def per_image(self) -> int:
+        return self.positive + self.negative
+
+
 class Scenes(Section):
     """The embedded data set, used when no data is given."""
 
@@ -59,7 +93,12 @@ class Data(Section):
     window: PositiveInt = 65536
     """Samples that are shuffled together; data of that size or smaller is shuffled as a whole."""
     image_size: PositiveInt = 256
-    """Side of the square input in pixels."""
+    """Side of the square input in pixels; not read where `aspect` is given."""
+    aspect: Aspect | None = None
+    """Keep the aspect ratio instead of making images square."""
+    texts: Texts = Field(default_factory=Texts)
+    second_view: bool = False
+    """Give the momentum teacher a crop of its own (CODIS; TCL does): twice the decoding of images."""
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     augment: Augmentation = Field(default_factory=Augmentation)

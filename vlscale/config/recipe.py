@@ -7,11 +7,36 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vlscale.config.data import Data
-from vlscale.config.section import Section
+from vlscale.config.section import Section, Share
 from vlscale.config.systems import LOSSES, SystemConfig
 
 
-class Train(Section):
+class Rate(Section):
+    """Learning rate over the run: a linear warm-up, then a cosine or steps."""
+
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    warmup_lr: NonNegativeFloat = 1e-5
+    """Learning rate at step 0, rising linearly to `lr` …"""
+    warmup_steps: NonNegativeInt = 1000
+    """… in so many steps."""
+    schedule: Literal["cosine", "steps"] = "cosine"
+    min_lr: NonNegativeFloat = 1e-5
+    """Learning rate at the end of the cosine."""
+    milestones: tuple[PositiveFloat, ...] = ()
+    """Epochs at which `steps` divides the rate by 10."""
+
+
+class Sgd(Rate):
+    """A second optimizer, SGD, for the system's backbone; the rest stays with AdamW."""
+
+    lr: PositiveFloat = 1e-2
+    warmup_lr: NonNegativeFloat = 1e-2 / 3
+    momentum: Share = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
+
+
+class Train(Rate):
     """Length, batch, optimizer and schedule."""
 
     epochs: PositiveFloat | None = 30
@@ -19,20 +44,14 @@ class Train(Section):
     """Optimizer steps; wins over `epochs`."""
     seed: NonNegativeInt = 0
     global_batch: PositiveInt = 512
-    """Pairs per optimizer step over all ranks and accumulation steps."""
+    """Images per optimizer step over all ranks and accumulation steps."""
     micro_batch: PositiveInt | None = None
-    """Pairs per rank and forward pass; default global_batch / ranks. The quotient is accumulated."""
-    lr: PositiveFloat = 1e-4
-    """Peak learning rate."""
-    warmup_lr: NonNegativeFloat = 1e-5
-    """Learning rate at step 0, rising linearly to `lr` …"""
-    warmup_steps: NonNegativeInt = 1000
-    """… in so many steps."""
-    min_lr: NonNegativeFloat = 1e-5
-    """Learning rate at the end of the cosine."""
+    """Images per rank and forward pass; default global_batch / ranks. The quotient is accumulated."""
     weight_decay: NonNegativeFloat = 0.02
     betas: tuple[float, float] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
+    backbone: Sgd | None = None
+    """SGD for the parameters of `system.backbone`; none: AdamW for all."""
     clip: NonNegativeFloat = 0.0
     """Largest gradient norm; 0 does not clip."""
     max_bad_steps: PositiveInt = 20
@@ -81,4 +100,17 @@ class Recipe(Section):
         longest, rows = self.data.tokenizer.max_tokens, self.system.text.max_positions
         if longest > rows:
             raise ValueError(f"data.tokenizer.max_tokens: {longest} tokens, but system.text.max_positions is {rows}")
+        self._system_reads_it()
         return self
+
+    def _system_reads_it(self) -> None:
+        """Keys that only some systems read are errors elsewhere."""
+        system = self.system
+        if self.data.aspect is not None and not system.padded_inputs:
+            raise ValueError(f"data.aspect: {system.name} takes square images only: remove it")
+        if self.data.texts.per_image > 1 and not system.many_texts:
+            raise ValueError(f"data.texts: {system.name} takes one text per image: remove it")
+        if self.data.second_view and not system.second_view:
+            raise ValueError(f"data.second_view: {system.name} has no use for another crop: remove it")
+        if self.train.backbone is not None and not hasattr(system, "backbone"):
+            raise ValueError(f"train.backbone: {system.name} has no backbone of its own: remove it")

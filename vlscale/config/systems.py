@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from vlscale.config.bert import Bert
 from vlscale.config.section import PositiveShare, Section, Share
+from vlscale.config.soho import SohoSystem
 
 
 class Vision(Section):
@@ -20,29 +22,11 @@ class Vision(Section):
     """Passed to timm: embed_dim, depth, num_heads, patch_size, mlp_ratio …"""
 
 
-class Text(Section):
-    """Text encoder and fusion encoder, BERT-compatible."""
+class Text(Bert):
+    """Text encoder and fusion encoder."""
 
-    width: PositiveInt = 768
-    heads: PositiveInt = 12
-    intermediate: PositiveInt = 3072
-    """Width of the feed-forward layers."""
     text_layers: PositiveInt = 6
     fusion_layers: PositiveInt = 6
-    max_positions: PositiveInt = 512
-    """Rows of the position table."""
-    dropout: Share = 0.1
-    """Hidden and attention dropout."""
-    norm: Literal["post", "pre"] = "post"
-    """`post` is BERT's; `pre` learns faster from scratch."""
-    init: str = "random"
-    """`random`, or a Hugging Face BERT name or local folder: first layers → text, last → fusion."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Text:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}: change one of them")
-        return self
 
 
 class Teacher(Section):
@@ -134,6 +118,13 @@ class AlignOptions(Section):
 
 
 class _VitSystem(Section):
+    padded_inputs: ClassVar[bool] = False
+    """Whether it takes images of any aspect ratio, padded."""
+    many_texts: ClassVar[bool] = False
+    """Whether it takes several texts per image, not all of them its own."""
+    second_view: ClassVar[bool] = False
+    """Whether its teacher can see another crop."""
+
     vision: Vision = Field(default_factory=Vision)
     text: Text = Field(default_factory=Text)
     embed_dim: PositiveInt = 256
@@ -166,17 +157,20 @@ class CbVilaSystem(_VitSystem):
 class CodisSystem(_VitSystem):
     """CODIS: a codebook shared by image and text, learned through optimal transport."""
 
+    second_view: ClassVar[bool] = True
+
     name: Literal["codis"] = "codis"
     teacher: Teacher = Field(default_factory=Teacher)
     align: AlignOptions = Field(default_factory=AlignOptions)
     codebook: PrototypeOptions = Field(default_factory=PrototypeOptions)
 
 
-SystemConfig = Annotated[AlbefSystem | CbVilaSystem | CodisSystem, Field(discriminator="name")]
+SystemConfig = Annotated[AlbefSystem | CbVilaSystem | CodisSystem | SohoSystem, Field(discriminator="name")]
 
 LOSSES: dict[str, tuple[str, ...]] = {
     "albef": ("itc", "itm", "mlm"),
     "cb_vila": ("itc", "itm", "mlm", "mim", "pixel", "codebook"),
     "codis": ("align", "itm", "mlm", "code"),
+    "soho": ("itm", "mlm", "mvm"),
 }
 """Names that `weights` may use, per system; each system's test holds its forward to them."""

@@ -127,16 +127,22 @@ class Vocabulary:
 
 @dataclass(slots=True)
 class Batch:
-    """B pairs of image and text on one device."""
+    """I images with S texts each, B = I · S pairs, on one device; S is 1 but where a recipe asks for more."""
 
     images: Tensor
-    """[B, 3, H, W]: uint8 as loaded, float32 once normalised."""
+    """[I, 3, H, W]: uint8 as loaded, float32 once normalised."""
     input_ids: Tensor
-    """[B, L] int64."""
+    """[B, L] int64; the texts of an image follow one another."""
     attention_mask: Tensor
     """[B, L] int64, 1 = attend; rows end in padding."""
     image_ids: Tensor
-    """[B] int64, equal where the image is the same; in evaluation the sample's index."""
+    """[I] int64, equal where the image is the same; in evaluation the sample's index."""
+    image_sizes: Tensor | None = None
+    """[I, 2] int64, height and width in pixels of what is not padding; None: images fill their square."""
+    matched: Tensor | None = None
+    """[B] int64, 1 where the text is the image's own, 0 where it is another's; None: all are."""
+    second_images: Tensor | None = None
+    """[I, 3, H, W]: another crop of each image for the teacher; None: it sees the same."""
     sample_ids: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)

@@ -91,6 +91,7 @@ def run_samples(
 
 def without_downloads(recipe: Recipe) -> Recipe:
     """The recipe with random initialisation: its weights come from a checkpoint, or are not looked at."""
-    tower = recipe.system.vision.model_copy(update={"init": "random"})
-    text = recipe.system.text.model_copy(update={"init": "random"})
-    return recipe.model_copy(update={"system": recipe.system.model_copy(update={"vision": tower, "text": text})})
+    system = recipe.system
+    parts = {name: getattr(system, name) for name in ("vision", "backbone", "text") if hasattr(system, name)}
+    random = {name: part.model_copy(update={"init": "random"}) for name, part in parts.items()}
+    return recipe.model_copy(update={"system": system.model_copy(update=random)})

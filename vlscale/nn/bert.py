@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlscale.config import Text
+from vlscale.config import Bert, Text
 from vlscale.data.sample import Vocabulary
 from vlscale.errors import UserError
 from vlscale.nn.attention import additive_mask, attend, split_heads
@@ -46,7 +46,7 @@ def concat_context(*contexts: list[KeyValue]) -> list[KeyValue]:
 class _Projections(nn.Module):
     """Query, key and value; key and value may read another width."""
 
-    def __init__(self, config: Text, context_width: int) -> None:
+    def __init__(self, config: Bert, context_width: int) -> None:
         super().__init__()
         self.heads = config.heads
         self.dropout = config.dropout
@@ -65,7 +65,7 @@ class _Projections(nn.Module):
 class _Output(nn.Module):
     """Dense, dropout and the block's LayerNorm: after the residual (`post`) or before the block (`pre`)."""
 
-    def __init__(self, config: Text, width_in: int) -> None:
+    def __init__(self, config: Bert, width_in: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width_in, config.width)
         self.LayerNorm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
@@ -81,14 +81,14 @@ class _Output(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, config: Text, context_width: int | None = None) -> None:
+    def __init__(self, config: Bert, context_width: int | None = None) -> None:
         super().__init__()
         self.self = _Projections(config, context_width or config.width)
         self.output = _Output(config, config.width)
 
 
 class _Intermediate(nn.Module):
-    def __init__(self, config: Text) -> None:
+    def __init__(self, config: Bert) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.intermediate)
 
@@ -99,7 +99,7 @@ class _Intermediate(nn.Module):
 class BertLayer(nn.Module):
     """Self-attention, optional cross-attention, feed-forward."""
 
-    def __init__(self, config: Text, context_width: int | None = None) -> None:
+    def __init__(self, config: Bert, context_width: int | None = None) -> None:
         super().__init__()
         self.attention = _Attention(config)
         if context_width is not None:
@@ -131,7 +131,7 @@ class BertLayer(nn.Module):
 class Embeddings(nn.Module):
     """Word + position + segment 0, LayerNorm, dropout. Positions count on over padding, as in the release."""
 
-    def __init__(self, config: Text, vocabulary: Vocabulary) -> None:
+    def __init__(self, config: Bert, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(vocabulary.size, config.width, padding_idx=vocabulary.pad)
         self.position_embeddings = nn.Embedding(config.max_positions, config.width)
@@ -256,6 +256,6 @@ def _take(module: nn.Module, weights: dict[str, Tensor], prefix: str, source: st
     module.load_state_dict(own)
 
 
-def _final_norm(config: Text) -> nn.Module:
+def _final_norm(config: Bert) -> nn.Module:
     """Pre-norm stacks end un-normalised; post-norm ones don't."""
     return nn.LayerNorm(config.width, eps=LAYER_NORM_EPS) if config.norm == "pre" else nn.Identity()

@@ -132,7 +132,7 @@ def _pairs(
         ids, mask = tokenizer.encode(texts)
         pixels = normalize(images.images, recipe.data.mean, recipe.data.std)
         size = len(texts)
-        batch = Batch(pixels, ids, mask, torch.arange(first, first + size), images.sample_ids, texts)
+        batch = Batch(pixels, ids, mask, torch.arange(first, first + size), sample_ids=images.sample_ids, texts=texts)
         first += size
         if size > 1:
             yield batch.to(device)
