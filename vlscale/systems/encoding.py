@@ -11,7 +11,7 @@ from vlscale.nn.bert import FusionEncoder, TextEncoder
 from vlscale.nn.heads import MlmHead
 from vlscale.nn.vision import VisionEncoder
 from vlscale.objectives.contrastive import clamped_temperature, similarities
-from vlscale.systems.protocol import ImageStates, TextStates
+from vlscale.systems.protocol import Cells, ImageStates, Progress, TextStates
 
 TEMPERATURE_RANGE = (0.001, 0.5)
 
@@ -32,6 +32,16 @@ class PairEncoding:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.vision.grid
+
+    def cells(self, batch: Batch) -> Cells:
+        """All patches of a square image."""
+        rows, columns = self.grid
+        valid = torch.ones(len(batch.images), rows * columns, dtype=torch.bool, device=batch.images.device)
+        return Cells(rows, columns, valid)
+
+    def rest(self, progress: Progress) -> bool:
+        """Nothing ever rests."""
+        return False
 
     def encode_image(self, batch: Batch) -> ImageStates:
         """Image states; `batch.images` is float and normalised."""

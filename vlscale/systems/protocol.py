@@ -16,6 +16,7 @@ from vlscale.data.sample import Batch
 from vlscale.nn.writer import ParameterWriter
 
 __all__ = [
+    "Cells",
     "Choices",
     "Codebook",
     "CodebookUsage",
@@ -80,6 +81,15 @@ class TextStates(NamedTuple):
     """[B, L] int64, 1 = attend."""
     pooled: Tensor
     """[B, embed_dim], unit length."""
+
+
+class Cells(NamedTuple):
+    """The visual cells of a batch, row by row."""
+
+    rows: int
+    columns: int
+    valid: Tensor
+    """[B, rows · columns] bool, false where a cell is padding."""
 
 
 class Reconstruction(NamedTuple):
@@ -165,6 +175,17 @@ class System(Protocol):
 
     def codebook_features(self, batch: Batch) -> dict[str, Tensor]:
         """Per codebook the features it quantises, [B, N, d], cells row by row; {} where there is none."""
+        ...
+
+    def cells(self, batch: Batch) -> Cells:
+        """The cells that `codebook_features` gives features of, for images of this size and these paddings."""
+        ...
+
+    def rest(self, progress: Progress) -> bool:
+        """Whether the parameters under `backbone.` rest in this step; puts them to rest or wakes them.
+
+        Called before every step's forward: a function of the progress, so that resuming needs no state.
+        """
         ...
 
     @property
