@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from vlscale.config import LOSSES, AlignOptions, CodisSystem, PrototypeOptions, 
 from vlscale.data.sample import Batch
 from vlscale.systems.albef import Albef
 from vlscale.systems.codis import Codis
+from vlscale.systems.momentum import unit
 from vlscale.systems.protocol import StepOutput
 
 TEACHER = Teacher(queue_size=10, momentum=0.9)
@@ -161,6 +163,24 @@ def test_the_code_loss_alone_brings_pairs_together() -> None:
     # Chance is 1 in 4; which way it goes depends on the last bits, and so on the number of threads.
     assert float(output.metrics["code_agreement"]) >= 0.75
     assert len(system.codebook.assign(system.encode_image(batch).pooled).unique()) == 4
+
+
+def test_the_teacher_sees_the_second_view() -> None:
+    """And nobody else does: what the teacher learned of the second crop is kept, the student sees the first."""
+    batch, other = tiny_batch(), tiny_batch(seed=1)
+    both = replace(batch, second_images=other.images)
+    kept = []
+    for seen in (batch, replace(batch, second_images=batch.images), both):
+        system = codis().train()
+        system(seen, progress(step=1))
+        kept.append(system.momentum.kept[0])
+    width = kept[0].shape[1] // 2
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.allclose(kept[0][:, :width], kept[2][:, :width])
+    assert torch.equal(kept[0][:, width:], kept[2][:, width:])
+    teacher = codis().momentum.teacher
+    expected = unit(teacher["vision_proj"](teacher["vision"](other.images)[:, 0]))
+    torch.testing.assert_close(kept[2][:, :width], expected)
 
 
 def test_state_goes_out_and_comes_back() -> None:

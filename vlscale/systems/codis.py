@@ -2,7 +2,7 @@
 thing, aligned through a momentum teacher of each and through a codebook that both are transported to.
 
 Losses: `align` (slides, part 2: student against both teachers), `code` (part 1: transport to the shared codes), ITM and
-MLM as ALBEF's (part 3). Teacher and student see the same crop.
+MLM as ALBEF's (part 3). Teacher and student see the same crop, or with `data.second_view` each its own, as in TCL.
 """
 
 from __future__ import annotations

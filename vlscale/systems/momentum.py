@@ -74,7 +74,7 @@ class Momentum:
         teacher = self.teacher
         half = student_dtype != torch.float32  # native half precision has no autocast; the fp32 teacher takes its own
         with torch.autocast(batch.images.device.type, student_dtype) if half else nullcontext():
-            images = teacher["vision"](batch.images)
+            images = teacher["vision"](batch.images if batch.second_images is None else batch.second_images)
             if alpha:
                 texts, masked_texts = encode_clean_and_masked(teacher["text_encoder"], batch, masked)
             else:
