@@ -141,6 +141,15 @@ def broadcast(tensor: Tensor, src: int = 0) -> Tensor:
     return tensor
 
 
+def average(tensors: list[Tensor]) -> None:
+    """Every rank's mean of each tensor, in place; the ranks give the same shapes in the same order."""
+    if world_size() == 1 or not tensors:
+        return
+    sums = all_reduce_sum(torch.cat([tensor.flatten().float() for tensor in tensors])) / world_size()
+    for tensor, mean in zip(tensors, sums.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
 def broadcast_object(value: Any, src: int = 0) -> Any:
     """Rank `src`'s picklable object on every rank."""
     if world_size() == 1:

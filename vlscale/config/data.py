@@ -28,7 +28,8 @@ class Augmentation(Section):
     """Training augmentation; evaluation only resizes."""
 
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.2, 1.0)
-    """Area of the random crop as a share of the image; (1, 1) resizes the whole image."""
+    """Area of the random crop as a share of the image; (1, 1) resizes the whole image. Not read where `data.aspect` is
+    given: SOHO does not crop."""
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Aspect ratios of the random crop."""
     flip: bool = True
@@ -66,6 +67,12 @@ class Texts(Section):
     coin: bool = False
     """Each of the positive + negative texts is one or the other with probability ½ (SOHO's release)."""
 
+    @model_validator(mode="after")
+    def _coin_has_texts(self) -> Texts:
+        if self.coin and self.per_image == 1:
+            raise ValueError("coin: one text per image can't be a match and a mismatch: raise positive or negative")
+        return self
+
     @property
     def per_image(self) -> int:
         return self.positive + self.negative
@@ -98,7 +105,7 @@ class Data(Section):
     """Keep the aspect ratio instead of making images square."""
     texts: Texts = Field(default_factory=Texts)
     second_view: bool = False
-    """Give the momentum teacher a crop of its own (CODIS; TCL does): twice the decoding of images."""
+    """Give the momentum teacher a crop of its own (CODIS; TCL does): images are decoded once and augmented twice."""
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     augment: Augmentation = Field(default_factory=Augmentation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -25,6 +25,14 @@ class Rate(Section):
     """Learning rate at the end of the cosine."""
     milestones: tuple[PositiveFloat, ...] = ()
     """Epochs at which `steps` divides the rate by 10."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.schedule == "steps" and not self.milestones:
+            raise ValueError("milestones: `schedule: steps` needs the epochs at which the rate falls, such as [25, 35]")
+        if self.schedule != "steps" and self.milestones:
+            raise ValueError(f"milestones: `schedule: {self.schedule}` does not read them: remove them, or take `steps`")
+        return self
 
 
 class Sgd(Rate):
@@ -110,6 +118,12 @@ class Recipe(Section):
             raise ValueError(f"data.aspect: {system.name} takes square images only: remove it")
         if self.data.texts.per_image > 1 and not system.many_texts:
             raise ValueError(f"data.texts: {system.name} takes one text per image: remove it")
+        texts = self.data.texts
+        if system.many_texts and not (texts.negative or texts.coin) and self.weights.get("itm", 1.0) != 0:
+            raise ValueError(
+                f"data.texts: {system.name} learns to match from texts of other images: set data.texts.negative (2 in "
+                "the paper, with data.texts.positive 2), or weights.itm to 0"
+            )
         if self.data.second_view and not system.second_view:
             raise ValueError(f"data.second_view: {system.name} has no use for another crop: remove it")
         if self.train.backbone is not None and not hasattr(system, "backbone"):

@@ -83,3 +83,13 @@ def itm_accuracy(logits: Tensor, valid: Tensor) -> Tensor:
     """Share of the valid rows that are classified right; arguments as in `itm_loss`."""
     right = (logits.detach().argmax(1) == itm_labels(len(logits), logits.device)) & valid
     return right.sum() / valid.sum().clamp(min=1)
+
+
+def pair_loss(logits: Tensor, matched: Tensor) -> Tensor:
+    """Mean cross-entropy of pairs that come labelled (SOHO, eq. 8); logits [B, 2], matched [B] int64, 1 = match."""
+    return F.cross_entropy(logits.float(), matched)
+
+
+def pair_accuracy(logits: Tensor, matched: Tensor) -> Tensor:
+    """Share of the pairs that are classified right; arguments as in `pair_loss`."""
+    return (logits.detach().argmax(1) == matched).float().mean()

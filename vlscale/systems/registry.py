@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vlscale.config import AlbefSystem, CbVilaSystem, CodisSystem, Recipe
+from vlscale.config import AlbefSystem, CbVilaSystem, CodisSystem, Recipe, SohoSystem
 from vlscale.data.sample import Vocabulary
 
 
@@ -23,4 +23,8 @@ def build_system(recipe: Recipe, vocabulary: Vocabulary) -> nn.Module:
         from vlscale.systems.codis import Codis
 
         return Codis(config, size, vocabulary, code=recipe.weights.get("code", 1.0) != 0)
+    if isinstance(config, SohoSystem):
+        from vlscale.systems.soho import Soho
+
+        return Soho(config, size, vocabulary)
     raise AssertionError(f"unregistered system {config.name}")
