@@ -152,7 +152,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config, vocabulary)
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.text_layers))
-        self.final_norm = _final_norm(config)
+        self.final_norm = final_norm(config)
         self.checkpointing = checkpointing
         self.apply(init_bert)
 
@@ -171,7 +171,7 @@ class FusionEncoder(nn.Module):
     def __init__(self, config: Text, context_width: int, checkpointing: bool = False) -> None:
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config, context_width) for _ in range(config.fusion_layers))
-        self.final_norm = _final_norm(config)
+        self.final_norm = final_norm(config)
         self.checkpointing = checkpointing
         self.apply(init_bert)
 
@@ -223,27 +223,40 @@ def load_bert(source: str, text: TextEncoder, fusion: FusionEncoder, head: nn.Mo
     Raises:
         UserError: it can't be had, has too few layers or another width or vocabulary.
     """
+    weights, depth = read_bert(source)
+    if depth < len(text.layer) + len(fusion.layer):
+        needed = len(text.layer) + len(fusion.layer)
+        raise UserError(f"system.text.init: {source} has {depth} layers, text and fusion need {needed}")
+    first_fusion = depth - len(fusion.layer)
+    take(text.embeddings, weights, "bert.embeddings.", source)
+    for index, layer in enumerate(text.layer):
+        take(layer, weights, f"bert.encoder.layer.{index}.", source)
+    for index, layer in enumerate(fusion.layer):
+        take(layer, weights, f"bert.encoder.layer.{first_fusion + index}.", source, fresh="crossattention.")
+    take(head, weights, "cls.predictions.", source)
+
+
+def read_bert(source: str) -> tuple[dict[str, Tensor], int]:
+    """Weights of a `transformers` BERT by name or local folder, under its masked-word model's names, and its depth.
+
+    Raises:
+        UserError: it can't be had.
+    """
     from transformers import AutoModelForMaskedLM
 
     try:
         model = AutoModelForMaskedLM.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"system.text.init: {source}: {str(error).splitlines()[0]}") from None
-    weights = model.state_dict()
-    depth = model.config.num_hidden_layers
-    if depth < len(text.layer) + len(fusion.layer):
-        needed = len(text.layer) + len(fusion.layer)
-        raise UserError(f"system.text.init: {source} has {depth} layers, text and fusion need {needed}")
-    first_fusion = depth - len(fusion.layer)
-    _take(text.embeddings, weights, "bert.embeddings.", source)
-    for index, layer in enumerate(text.layer):
-        _take(layer, weights, f"bert.encoder.layer.{index}.", source)
-    for index, layer in enumerate(fusion.layer):
-        _take(layer, weights, f"bert.encoder.layer.{first_fusion + index}.", source, fresh="crossattention.")
-    _take(head, weights, "cls.predictions.", source)
+    return model.state_dict(), model.config.num_hidden_layers
 
 
-def _take(module: nn.Module, weights: dict[str, Tensor], prefix: str, source: str, fresh: str | None = None) -> None:
+def take(module: nn.Module, weights: dict[str, Tensor], prefix: str, source: str, fresh: str | None = None) -> None:
+    """Fill a module from the weights whose names start with `prefix`; names that start with `fresh` keep theirs.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
     own = module.state_dict()
     for name, value in own.items():
         if fresh and name.startswith(fresh):
@@ -256,6 +269,6 @@ def _take(module: nn.Module, weights: dict[str, Tensor], prefix: str, source: st
     module.load_state_dict(own)
 
 
-def _final_norm(config: Bert) -> nn.Module:
-    """Pre-norm stacks end un-normalised; post-norm ones don't."""
+def final_norm(config: Bert) -> nn.Module:
+    """What follows the last layer: pre-norm stacks end un-normalised, post-norm ones don't."""
     return nn.LayerNorm(config.width, eps=LAYER_NORM_EPS) if config.norm == "pre" else nn.Identity()

@@ -30,3 +30,18 @@ class MlmHead(nn.Module):
     def forward(self, states: Tensor, word_embeddings: Tensor) -> Tensor:
         """states [n, D], word_embeddings [V, D] → logits [n, V]."""
         return nn.functional.linear(self.transform(states), word_embeddings, self.bias)
+
+
+class AnswerHead(nn.Module):
+    """Classifier over answers: linear to four times the width, ReLU, dropout, linear (SOHO's VQA head)."""
+
+    def __init__(self, width: int, answers: int, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * width, answers)
+        )
+        self.apply(init_bert)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states [B, D] → logits [B, answers]."""
+        return self.layers(states)
