@@ -1,4 +1,4 @@
-"""`vlscale bench`: how fast vlscale's parts are here, against what people use instead."""
+"""`vlscale bench`: how fast vlscale's parts are here: the loader against what people use instead, a system's stages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vlscale.data.bench import Comparison, Report, Spread
+    from vlscale.tasks.inference import InferenceReport
 
 app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def bench() -> None:
-    """Keeps `data` a command of its own while it is the only one."""
 
 
 @app.command()
@@ -35,12 +31,10 @@ def data(
 ) -> None:
     """What an image and a caption cost a loader process, against ALBEF's pipeline: CPU time, one thread."""
     from vlscale.data.bench import bench_data
-    from vlscale.errors import UserError
 
     from . import terminal
 
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or choose another file")
+    _check_folder(out)
     with terminal.progress() as on_progress:
         report = bench_data(data, size=size, images=images, rounds=rounds, on_progress=on_progress)
     terminal.print_rich(_table(report))
@@ -49,6 +43,84 @@ def data(
     if out is not None:
         report.write(out)
         print(out)
+
+
+@app.command()
+def inference(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_RECIPE", help="A run folder, a checkpoint, or a recipe by name or path.")
+    ],
+    height: Annotated[
+        int, typer.Option(help="Of the images, in pixels; systems that take squares only get their own size.")
+    ] = 600,
+    width: Annotated[int, typer.Option(help="Of the images, in pixels.")] = 1000,
+    tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 16,
+    batch: Annotated[int, typer.Option(help="Pairs in a pass.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Passes that count; medians are over them.")] = 20,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the numbers to.")] = None,
+) -> None:
+    """How long a pass of a system takes, in its vision, text and fusion stages (SOHO, section 4.5)."""
+    from . import launch, terminal
+
+    launch.set_threads(threads, 1)
+    _check_folder(out)
+    from vlscale.tasks.inference import run_inference
+
+    with terminal.progress() as on_progress:
+        report = run_inference(
+            source, height=height, width=width, tokens=tokens, batch=batch, repeats=repeats, on_progress=on_progress
+        )
+    terminal.print_rich(_stage_table(report))
+    terminal.print_table("measured", _conditions(report))
+    if out is not None:
+        report.write(out)
+        print(out)
+
+
+def _stage_table(report: InferenceReport) -> Table:
+    from rich.table import Table
+
+    table = Table("stage", title=f"{report.recipe}, milliseconds a pass", title_justify="left")
+    for name in ("median", "lowest – highest", "share"):
+        table.add_column(name, justify="right")
+    for stage in report.stages:
+        table.add_row(stage.name, *_milliseconds(stage.ms), f"{100 * stage.share:.1f} %")
+    table.add_section()
+    table.add_row("total", *_milliseconds(report.total), "")
+    return table
+
+
+def _conditions(report: InferenceReport) -> list[tuple[str, str | int]]:
+    """What was measured, for a table of names and values."""
+    seen, asked = (f"{height} × {width}" for height, width in (report.seen_size, report.asked_size))
+    return [
+        ("weights", report.weights),
+        ("image", seen if seen == asked else f"{seen}, asked for {asked}"),
+        ("visual tokens", report.visual_tokens),
+        ("text tokens", report.text_tokens),
+        ("pairs in a pass", report.batch),
+        ("passes", report.repeats),
+        ("device", report.device),
+        ("CPU threads", report.threads),
+        ("precision", report.precision),
+    ]
+
+
+def _milliseconds(ms: Spread) -> tuple[str, str]:
+    return f"{ms.median:.2f}", f"{ms.lowest:.2f} – {ms.highest:.2f}"
+
+
+def _check_folder(out: Path | None) -> None:
+    """Before anything is measured.
+
+    Raises:
+        UserError: the folder of `--out` does not exist.
+    """
+    from vlscale.errors import UserError
+
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or choose another file")
 
 
 def _table(report: Report) -> Table:

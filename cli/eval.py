@@ -35,10 +35,14 @@ def retrieval(
     rerank: Annotated[
         int | None, typer.Option(help="Candidates per query that ITM re-ranks; default: the recipe's eval.rerank.")
     ] = None,
+    first: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N images, with all their captions; default: all.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Result file; default: RUN/eval/retrieval.json.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
 ) -> None:
-    """Image-text retrieval both ways: contrastive candidates, re-ranked by ITM."""
+    """Image-text retrieval both ways: contrastive candidates, re-ranked by ITM; every pair by ITM where a system has no
+    contrastive features."""
     launch.set_threads(threads, 1)
     from vlscale.tasks.retrieval import retrieval_table, run_retrieval
 
@@ -48,9 +52,11 @@ def retrieval(
             data=data,
             split=split,
             rerank=rerank,
+            first=first,
             out=out,
             image_root=_text(image_root),
             on_progress=report,
+            on_message=terminal.note,
         )
     terminal.print_result(result, split, retrieval_table(result))
 

@@ -85,6 +85,11 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
+def note(line: str) -> None:
+    """Print a line on stderr at once; above the bars while `progress` shows some."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def _plain_lines() -> Callable[[str, int, int], None]:
     """Reports that print now and then; the first line comes late, so that what is short stays silent."""
     last = time.monotonic()

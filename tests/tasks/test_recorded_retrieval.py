@@ -88,6 +88,6 @@ def stores(system: Albef, case: Case) -> tuple[ImageStore, TextStore]:
     length = mask.sum(1)
     kept = list(range(len(pictures)))
     return (
-        ImageStore(image.pooled, image.tokens, image.mask, kept, skipped=[]),
+        ImageStore(image.pooled, image.tokens[image.mask.bool()], image.mask.sum(1), kept, skipped=[]),
         TextStore(text.pooled, text.tokens[mask.bool()], length.cumsum(0) - length, length),
     )

@@ -49,10 +49,9 @@ class Planted:
     def stores(self) -> tuple[ImageStore, TextStore]:
         """Features whose products are the planted similarities; captions of one to four tokens."""
         count, captions = self.sims.shape
-        numbers = torch.arange(count).float()[:, None, None]
-        images = ImageStore(
-            torch.eye(count), numbers, torch.ones(count, 1, dtype=torch.int64), list(range(count)), skipped=[]
-        )
+        numbers = torch.arange(count).float()[:, None]
+        one = torch.ones(count, dtype=torch.int64)
+        images = ImageStore(torch.eye(count), numbers, one, list(range(count)), skipped=[])
         length = torch.arange(captions) % 4 + 1
         tokens = torch.arange(captions).repeat_interleave(length)[:, None]
         texts = TextStore(

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from vlscale.config import Recipe
+from vlscale.config import Data, Recipe
 from vlscale.data.sample import Sample
 from vlscale.interop.run import Run
 
@@ -38,3 +38,11 @@ def describe_data(recipe: Recipe) -> str:
     """The run's own data in words."""
     scenes = recipe.data.scenes
     return recipe.data.path or f"embedded scenes (train {scenes.train}, test {scenes.test}, seed {scenes.seed})"
+
+
+def resolution(data: Data) -> int | str:
+    """Side of the square input in pixels, or how inputs that keep their aspect ratio are resized and padded."""
+    if data.aspect is None:
+        return data.image_size
+    aspect = data.aspect
+    return f"shorter side {aspect.short}, longer at most {aspect.long}, padded to multiples of {aspect.multiple}"

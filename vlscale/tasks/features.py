@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vlscale.config import Data
-from vlscale.data.images import normalize
+from vlscale.data.images import normalize_batch
 from vlscale.data.sample import Batch, Sample
 from vlscale.data.stream import evaluation_batches
 from vlscale.data.text import TextTokenizer
@@ -18,6 +18,9 @@ from vlscale.systems.protocol import ImageStates, System, TextStates
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage's name, what is done and what there is to do."""
+
+OnMessage = Callable[[str], None]
+"""Called with a line for the user."""
 
 IMAGE_TOKEN_BUDGET = 2 << 30
 """Bytes of image tokens kept in host memory; what needs more is encoded a second time for re-ranking."""
@@ -49,25 +52,31 @@ class Precision:
 
 @dataclass(slots=True)
 class ImageStore:
-    """I encoded images."""
+    """I encoded images, their token states behind one another without padding: images may differ in length."""
 
     pooled: Tensor
-    """[I, d] float32."""
+    """[I, d] float32; d is 0 where the system has no first stage."""
     tokens: Tensor | None
-    """[I, 1 + N, D] in the precision's type; None where they would not fit."""
-    mask: Tensor | None
-    """[I, 1 + N] int64."""
+    """[sum of lengths, D] in the precision's type; None where they would not fit."""
+    length: Tensor
+    """[I] int64: tokens of each image that are not padding, in their order."""
     kept: list[int]
     """Which samples these I images are."""
     skipped: list[str]
     """Images that can't be read: `path: reason`."""
+    start: Tensor = field(init=False)
+    """[I] int64: first row of each image."""
+
+    def __post_init__(self) -> None:
+        self.start = self.length.cumsum(0) - self.length
 
     def states(self, index: int, device: torch.device) -> ImageStates:
-        """One image as a batch of one."""
+        """One image as a batch of one, without padding."""
         assert self.tokens is not None
-        assert self.mask is not None
-        row = slice(index, index + 1)
-        return ImageStates(self.tokens[row].to(device), self.mask[row].to(device), self.pooled[row].to(device))
+        first = int(self.start[index])
+        tokens = self.tokens[None, first : first + int(self.length[index])].to(device)  # [1, N, D]
+        mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=device)
+        return ImageStates(tokens, mask, self.pooled[index : index + 1].to(device))
 
 
 @dataclass(slots=True)
@@ -93,6 +102,12 @@ class TextStore:
         return TextStates(tokens.to(device), mask.long().to(device), self.pooled[index].to(device))
 
 
+def without_padding(states: ImageStates, row: int) -> ImageStates:
+    """Image `row` of a batch as a batch of one: tokens [1, N, D], only those that are not padding."""
+    tokens = states.tokens[row, states.mask[row].bool()][None]
+    return ImageStates(tokens, states.mask.new_ones(tokens.shape[:2]), states.pooled[row : row + 1])
+
+
 def pooled_only(pooled: Tensor, kind: type[ImageStates] | type[TextStates]) -> ImageStates | TextStates:
     """States that hold the pooled features [b, d] alone: all that a first stage reads."""
     return kind(pooled.new_zeros(len(pooled), 0, 1), pooled.new_zeros(len(pooled), 0, dtype=torch.int64), pooled)
@@ -105,26 +120,27 @@ def encode_images(
     """Pooled features of every readable image, and the tokens where all of them fit into `IMAGE_TOKEN_BUDGET`."""
     pooled: list[Tensor] = []
     tokens: list[Tensor] = []
-    masks: list[Tensor] = []
-    kept: list[Tensor] = []
+    lengths: list[Tensor] = []
+    kept: list[int] = []
     skipped: list[str] = []
-    keep = True
+    keep, size = True, 0
     for batch, states in image_states(system, samples, data, precision, batch_size):
+        mask = states.mask.cpu().bool()  # [B, N]
         pooled.append(states.pooled.float().cpu())
-        kept.append(batch.image_ids.cpu())
+        lengths.append(mask.sum(dim=1))
+        kept += batch.image_ids.tolist()
         skipped += batch.skipped
-        # The size is known from the first image on, before memory is taken.
-        keep = keep and states.tokens[:1].numel() * precision.dtype.itemsize * len(samples) <= IMAGE_TOKEN_BUDGET
+        # What all will take is known from the first images on, before memory is taken.
+        size += int(lengths[-1].sum()) * states.tokens.shape[-1] * precision.dtype.itemsize
+        keep = keep and size * len(samples) <= IMAGE_TOKEN_BUDGET * len(kept)
         if keep:
-            tokens.append(states.tokens.to("cpu", precision.dtype))
-            masks.append(states.mask.cpu())
-        on_progress("images", sum(map(len, pooled)), len(samples))
-    if not sum(map(len, kept)):
+            tokens.append(states.tokens.to("cpu", precision.dtype)[mask])
+        else:
+            tokens.clear()
+        on_progress("images", len(kept), len(samples))
+    if not kept:
         raise UserError(f"none of the {len(samples)} images can be read, the first is {skipped[0]}; check --image-root")
-    indices = torch.cat(kept).tolist()
-    return ImageStore(
-        torch.cat(pooled), torch.cat(tokens) if keep else None, torch.cat(masks) if keep else None, indices, skipped
-    )
+    return ImageStore(torch.cat(pooled), torch.cat(tokens) if keep else None, torch.cat(lengths), kept, skipped)
 
 
 def image_states(
@@ -132,8 +148,7 @@ def image_states(
 ) -> Iterator[tuple[Batch, ImageStates]]:
     """Batches of readable images in the order of the samples, and their states, on the precision's device."""
     for loaded in evaluation_batches(samples, data, batch_size):
-        batch = loaded.to(precision.device)
-        batch.images = normalize(batch.images, data.mean, data.std)
+        batch = normalize_batch(loaded.to(precision.device), data)
         with precision.autocast():
             states = system.encode_image(batch)
         yield batch, states

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlscale.codebooks.health import count_codes, entropy
 from vlscale.config import Recipe
-from vlscale.data.images import normalize
+from vlscale.data.images import normalize_batch
 from vlscale.data.sample import Batch, Sample
 from vlscale.data.stream import evaluation_batches
 from vlscale.data.text import TextTokenizer
@@ -130,12 +130,12 @@ def _pairs(
     for images in evaluation_batches([s for s in samples if s.captions], recipe.data, BATCH):
         texts = [captions[name] for name in images.sample_ids]
         ids, mask = tokenizer.encode(texts)
-        pixels = normalize(images.images, recipe.data.mean, recipe.data.std)
         size = len(texts)
-        batch = Batch(pixels, ids, mask, torch.arange(first, first + size), sample_ids=images.sample_ids, texts=texts)
+        numbers = torch.arange(first, first + size)
+        batch = replace(images, input_ids=ids, attention_mask=mask, image_ids=numbers, texts=texts)
         first += size
         if size > 1:
-            yield batch.to(device)
+            yield normalize_batch(batch.to(device), recipe.data)
 
 
 def _probe_matching(system: System, batch: Batch, generator: torch.Generator, sums: _Sums) -> None:
@@ -160,7 +160,7 @@ def _probe_words(system: System, batch: Batch, tokenizer: TextTokenizer, rng: np
     ids = batch.input_ids.clone()
     labels = ids[rows, columns]
     ids[rows, columns] = tokenizer.vocabulary.mask
-    masked = Batch(batch.images, ids, batch.attention_mask, batch.image_ids)
+    masked = replace(batch, input_ids=ids)
     image, text = system.encode_image(batch), system.encode_text(masked)
     other = type(image)(*(value.roll(1, dims=0) for value in image))
     for name, states in (("words_true", image), ("words_shuffled", other)):

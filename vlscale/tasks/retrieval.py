@@ -22,10 +22,18 @@ from vlscale.errors import UserError
 from vlscale.interop.layout import write_json
 from vlscale.interop.run import load_run, run_samples
 from vlscale.systems.protocol import System
-from vlscale.tasks.card import origin, split_hash
-from vlscale.tasks.features import OnProgress, Precision, encode_images, encode_texts
+from vlscale.tasks.card import origin, resolution, split_hash
+from vlscale.tasks.features import OnMessage, OnProgress, Precision, encode_images, encode_texts
 from vlscale.tasks.recall import CUTOFFS, both_ways, chance
-from vlscale.tasks.stages import Direction, PairScores, every_pair, first_stage, score_pairs, second_stage
+from vlscale.tasks.stages import (
+    Direction,
+    PairScores,
+    every_pair,
+    first_stage,
+    score_pairs,
+    second_stage,
+    with_estimate,
+)
 
 SCORES = {
     "itc": "first stage: system.similarity of the pooled features (cosine over the learned temperature)",
@@ -53,9 +61,11 @@ def run_retrieval(
     data: str | None = None,
     split: str | None = None,
     rerank: int | None = None,
+    first: int | None = None,
     out: Path | None = None,
     image_root: str | None = None,
     on_progress: OnProgress | None = None,
+    on_message: OnMessage | None = None,
 ) -> Path:
     """Evaluate a run and write its result file.
 
@@ -63,13 +73,15 @@ def run_retrieval(
         source: run folder (newest complete checkpoint) or checkpoint folder.
         data: jsonl file or folder of data; default the run's own.
         rerank: candidates per query for ITM; default `eval.rerank` of the recipe, 0 stops after the first stage.
+        first: evaluate only so many images, from the start of the split, with all their captions; default all.
         out: result file; default `eval/retrieval.json` in the run folder.
+        on_message: called once with an estimate of the time, where every pair is scored.
 
     Returns:
         The file that was written.
 
     Raises:
-        UserError: no such run, data or split, or the checkpoint gives non-finite scores.
+        UserError: no such run, data or split, not so many images, or the checkpoint gives non-finite scores.
     """
     run = load_run(source)
     split_name, samples = run_samples(run, data, split, image_root)
@@ -79,9 +91,11 @@ def run_retrieval(
         run.recipe,
         run.tokenizer,
         rerank=run.recipe.eval.rerank if rerank is None else rerank,
+        first=first,
         batch_size=run.recipe.eval.batch_size,
         device=run.device,
         on_progress=on_progress,
+        on_message=on_message,
     )
     result.protocol = origin(run, data, split_name) | result.protocol
     path = out or run.folder / "eval" / "retrieval.json"
@@ -99,21 +113,25 @@ def evaluate_retrieval(
     rerank: int,
     batch_size: int,
     device: torch.device | str,
+    first: int | None = None,
     on_progress: OnProgress | None = None,
+    on_message: OnMessage | None = None,
 ) -> RetrievalResult:
-    """Retrieval both ways over all images of `samples` and all of their captions.
+    """Retrieval both ways over all images of `samples`, or the first ones, and all of their captions.
 
     Args:
         system: in evaluation mode, on `device`.
         rerank: candidates per query for ITM.
+        first: number of images, from the start; default all.
 
     Raises:
-        UserError: nothing to retrieve, a negative `rerank`, or non-finite scores.
+        UserError: nothing to retrieve, a negative `rerank`, a `first` that is not there, or non-finite scores.
     """
     if rerank < 0:
         raise UserError(f"--rerank {rerank}: expected the number of candidates, 0 or more")
     progress = on_progress or (lambda stage, done, total: None)
     precision = Precision.of(torch.device(device))
+    asked, samples = _asked(samples, first)
     images = encode_images(system, samples, recipe.data, precision, batch_size, progress)
     samples = [samples[index] for index in images.kept]
     captions, image_of_text = _captions(samples)
@@ -122,11 +140,14 @@ def evaluate_retrieval(
         stage = first_stage(system, images, texts, image_of_text, rerank, precision)
     directions = stage or every_pair(image_of_text, len(samples))
     again = (samples, recipe.data, batch_size)
+    if stage is None:
+        progress = with_estimate(progress, on_message or (lambda line: None))
     pairs = score_pairs(system, images, texts, directions, precision, again, progress)
     metrics = _metrics(directions, pairs, recipe.eval.itm_score, has_first_stage=stage is not None)
-    card = _card(samples, image_of_text, recipe, rerank, precision) | {"unreadable_images": images.skipped}
+    card = _card(samples, image_of_text, recipe, rerank, precision) | asked | {"unreadable_images": images.skipped}
     if stage is None:
-        card |= {"rerank": "every pair", "scores": {"itm": f"{ITM_SCORES[recipe.eval.itm_score]}, every pair scored"}}
+        itm = f"{ITM_SCORES[recipe.eval.itm_score]}, every pair scored"
+        card |= {"rerank": "every pair", "pairs": len(pairs.keys), "scores": {"itm": itm}}
     return RetrievalResult(metrics, card)
 
 
@@ -134,16 +155,18 @@ def retrieval_table(path: Path) -> Table:
     """The result file as a table for the terminal: one row per score, recalls in per cent."""
     result = json.loads(path.read_text(encoding="utf-8"))
     metrics, card = result["metrics"], result["protocol"]
-    caption = (
-        f"{card['images']} images, {card['captions']} captions, split {card.get('split', '?')}, k {card['rerank']}"
-    )
+    first = f" (the first {card['first']} of {card['split_images']})" if "first" in card else ""
+    scored = f"all {card['pairs']:,} pairs scored" if "pairs" in card else f"k {card['rerank']}"
+    split = card.get("split", "?")
+    caption = f"{card['images']} images{first}, {card['captions']} captions, split {split}, {scored}"
     table = Table(title="Retrieval, recall in %", caption=caption)
     table.add_column("score")
     for way in ("text → image", "image → text"):
         for k in CUTOFFS:
             table.add_column(f"{way}\nR@{k}", justify="right")
     table.add_column("RSUM", justify="right")
-    rows = [("first stage", "itc_"), ("re-ranked by ITM", ""), ("ITM + first stage", "sum_")]
+    itm = "ITM" if "pairs" in card else "re-ranked by ITM"
+    rows = [("first stage", "itc_"), (itm, ""), ("ITM + first stage", "sum_")]
     for name, prefix in rows:
         if f"{prefix}rsum" in metrics:
             table.add_row(name, *_row(metrics, prefix))
@@ -174,6 +197,15 @@ def _both(directions: tuple[Direction, Direction], scores: tuple[Tensor, Tensor]
     return both_ways(second_stage(directions[0], scores[0]), second_stage(directions[1], scores[1]), prefix)
 
 
+def _asked(samples: list[Sample], first: int | None) -> tuple[dict[str, int], list[Sample]]:
+    """What the card says of `--first`, and the images that are evaluated."""
+    if first is None:
+        return {}, samples
+    if not 1 <= first <= len(samples):
+        raise UserError(f"--first {first}: expected a number of images from 1 to {len(samples)}, all of the split")
+    return {"first": first, "split_images": len(samples)}, samples[:first]
+
+
 def _captions(samples: list[Sample]) -> tuple[list[str], Tensor]:
     """All captions and the image of each, [T] int64."""
     captions = [caption for sample in samples for caption in sample.captions]
@@ -189,7 +221,7 @@ def _card(
     per_image = torch.bincount(image_of_text, minlength=len(samples))
     itm = ITM_SCORES[recipe.eval.itm_score]
     return {
-        "resolution": recipe.data.image_size,
+        "resolution": resolution(recipe.data),
         "images": len(samples),
         "captions": len(image_of_text),
         "split_hash": split_hash(samples),

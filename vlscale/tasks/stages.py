@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -13,7 +14,16 @@ from vlscale.config import Data
 from vlscale.data.sample import Sample
 from vlscale.errors import UserError
 from vlscale.systems.protocol import ImageStates, System, TextStates
-from vlscale.tasks.features import ImageStore, OnProgress, Precision, TextStore, image_states, pooled_only
+from vlscale.tasks.features import (
+    ImageStore,
+    OnMessage,
+    OnProgress,
+    Precision,
+    TextStore,
+    image_states,
+    pooled_only,
+    without_padding,
+)
 from vlscale.tasks.recall import ranks
 
 SCORES_AT_ONCE = 1 << 20
@@ -21,6 +31,9 @@ SCORES_AT_ONCE = 1 << 20
 
 PAIRS_AT_ONCE = 128
 """Image-text pairs in one fusion pass."""
+
+ESTIMATE_SECONDS = 2.0
+"""Of scoring that an estimate of its whole time rests on, at least."""
 
 
 @dataclass(slots=True)
@@ -159,6 +172,41 @@ def score_pairs(
     return PairScores(keys, logits, captions)
 
 
+def with_estimate(on_progress: OnProgress, on_message: OnMessage) -> OnProgress:
+    """Reports for `score_pairs` where every pair is scored: says once, after the first images, how long it will take.
+
+    The first image does not count (it also warms up), and the next ones must take `ESTIMATE_SECONDS`: what is over
+    before needs no estimate.
+    """
+    began: tuple[float, int] | None = None
+    said = False
+
+    def report(_: str, done: int, total: int) -> None:
+        nonlocal began, said
+        on_progress("every pair", done, total)
+        now = time.monotonic()
+        if began is None:
+            began = now, done
+        elif not said and done < total and now - began[0] >= ESTIMATE_SECONDS:
+            said = True
+            rate = (done - began[1]) / max(now - began[0], 1e-9)
+            left = _duration((total - done) / max(rate, 1e-9))
+            on_message(
+                f"no first stage: every pair is scored, {total:,} pairs at {rate:,.0f} pairs/s, about {left} to go "
+                "(--first N evaluates fewer images)"
+            )
+
+    return report
+
+
+def _duration(seconds: float) -> str:
+    """`50 s`, `12 min` or `3 h 05 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 def second_stage(direction: Direction, scores: Tensor) -> Tensor:
     """Ranks [Q] after re-ranking by `scores` [Q, k].
 
@@ -173,13 +221,14 @@ def second_stage(direction: Direction, scores: Tensor) -> Tensor:
 
 def _score_image(system: System, image: ImageStates, texts: TextStore, index: Tensor, precision: Precision) -> Tensor:
     """ITM logits [b, 2] of one image with captions `index` [b]; similar lengths share a pass."""
-    logits = torch.empty(len(index), 2)
+    device = precision.device
+    logits = torch.empty(len(index), 2, device=device)  # copied once per image: the host runs ahead meanwhile
     for chunk in torch.argsort(texts.length[index], stable=True).split(PAIRS_AT_ONCE):
-        text = texts.states(index[chunk], precision.device)
+        text = texts.states(index[chunk], device)
         with precision.autocast():
             states = system.fuse(text, image)
-        logits[chunk] = system.match_logits(states.float()).float().cpu()
-    return logits
+        logits[chunk.to(device)] = system.match_logits(states.float()).float()
+    return logits.cpu()
 
 
 def _each_image(
@@ -192,7 +241,7 @@ def _each_image(
     samples, data, batch_size = again
     for _, states in image_states(system, samples, data, precision, batch_size):
         for row in range(len(states.pooled)):
-            yield ImageStates(*(field[row : row + 1] for field in states))
+            yield without_padding(states, row)
 
 
 def _slices(queries: int, candidates: int) -> Iterator[slice]:
