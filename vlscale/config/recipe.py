@@ -31,7 +31,7 @@ class Rate(Section):
         if self.schedule == "steps" and not self.milestones:
             raise ValueError("milestones: `schedule: steps` needs the epochs at which the rate falls, such as [25, 35]")
         if self.schedule != "steps" and self.milestones:
-            raise ValueError(f"milestones: `schedule: {self.schedule}` does not read them: remove them, or take `steps`")
+            raise ValueError(f"milestones: `schedule: {self.schedule}` does not read them: remove them or take `steps`")
         return self
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlscale.data.aspect import aspect_ratios
 from vlscale.data.order import Part
 from vlscale.data.records import from_record, to_record
 from vlscale.data.sample import ImageFile, Sample, SampleError, TarMember
@@ -70,6 +71,10 @@ class Corpus(Sequence[Sample]):
         return sum(part.per_epoch() for part in self.parts())
 
     @abstractmethod
+    def aspects(self) -> np.ndarray:
+        """Width over height of every sample's upright image, float32 [N]; 1 where it can't be read."""
+
+    @abstractmethod
     def splits(self) -> dict[str, int]:
         """Samples per split, most first."""
 
@@ -84,6 +89,7 @@ class SampleList(Corpus):
     def __init__(self, samples: Sequence[Sample], chosen: np.ndarray | None = None) -> None:
         """`chosen`: indices of those that count, int64; None: all."""
         self._samples, self._chosen = samples, chosen
+        self._aspects: np.ndarray | None = None
 
     @staticmethod
     def packed(samples: Iterable[Sample]) -> SampleList:
@@ -101,6 +107,11 @@ class SampleList(Corpus):
 
     def parts(self) -> list[Part]:
         return [Part(np.ones(len(self), dtype=np.int64))]
+
+    def aspects(self) -> np.ndarray:
+        if self._aspects is None:  # every file is opened: once is enough
+            self._aspects = aspect_ratios(len(self), lambda index: self.sample(index).image)
+        return self._aspects
 
     def splits(self) -> dict[str, int]:
         return dict(Counter(split for _, split, _ in self._facts()).most_common())
@@ -120,7 +131,7 @@ class SampleList(Corpus):
     def __getstate__(self) -> dict[str, Any]:
         if not isinstance(self._samples, _Packed):
             self._samples = _Packed.of(self._samples)
-        return {"_samples": self._samples, "_chosen": self._chosen}
+        return {"_samples": self._samples, "_chosen": self._chosen, "_aspects": self._aspects}
 
 
 class Joined(Corpus):
@@ -147,6 +158,9 @@ class Joined(Corpus):
             for corpus, weight in zip(self._corpora, self._weights, strict=True)
             for part in corpus.parts()
         ]
+
+    def aspects(self) -> np.ndarray:
+        return np.concatenate([np.empty(0, np.float32), *(corpus.aspects() for corpus in self._corpora)])
 
     def splits(self) -> dict[str, int]:
         counts: Counter[str] = Counter()

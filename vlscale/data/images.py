@@ -8,6 +8,7 @@ import math
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import IO
 
 import numpy as np
@@ -16,9 +17,9 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlscale.config import Augmentation, Data
+from vlscale.config import Aspect, Augmentation, Data
 from vlscale.data.augment import rand_augment
-from vlscale.data.sample import ImageFile, TarMember
+from vlscale.data.sample import Batch, ImageFile, TarMember
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded (Pillow's own limit: a quarter of a gigabyte of RGB)."""
@@ -47,7 +48,7 @@ _JPEG_PIXELS = "RGBX" if features.check("libjpeg_turbo") else "RGB"
 """libjpeg-turbo can write pixels as Pillow keeps them in memory, which saves a copy."""
 
 Transform = Callable[[Image.Image], Tensor]
-"""RGB image → uint8 [3, image_size, image_size]."""
+"""RGB image → uint8 [3, H, W]: a square of image_size, or what `data.aspect` makes of the image."""
 
 
 class ImageError(Exception):
@@ -60,18 +61,29 @@ def load_image(file: ImageFile | str) -> Image.Image:
     Raises:
         ImageError: missing, no image, truncated, broken or larger than MAX_PIXELS.
     """
-    with _as_image_errors(), io.BytesIO(file.read()) if isinstance(file, TarMember) else open(file, "rb") as stream:
+    with _as_image_errors(), _opened(file) as stream:
         image = _plain_jpeg(stream)
         return _any_image(stream) if image is None else image
 
 
-def upright_size(content: bytes) -> tuple[int, int]:
-    """Width and height in pixels, EXIF rotation applied, from the header alone.
+def _opened(file: ImageFile | str) -> IO[bytes]:
+    return io.BytesIO(file.read()) if isinstance(file, TarMember) else open(file, "rb")
+
+
+def upright_size(file: ImageFile | bytes) -> tuple[int, int]:
+    """Width and height in pixels, EXIF rotation applied, from the header alone: of a file on disk little more is read.
+
+    Args:
+        file: where the image lies, or its bytes.
 
     Raises:
-        ImageError: no image, or larger than MAX_PIXELS.
+        ImageError: missing, no image, or larger than MAX_PIXELS.
     """
-    with _as_image_errors(), Image.open(io.BytesIO(content)) as image:
+    with (
+        _as_image_errors(),
+        io.BytesIO(file) if isinstance(file, bytes) else _opened(file) as stream,
+        Image.open(stream) as image,
+    ):
         _check_size(image.width, image.height)
         turned = _orientation(image) >= 5  # the orientations that swap the sides
         return (image.height, image.width) if turned else (image.width, image.height)
@@ -173,7 +185,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def training_image(file: ImageFile | str, data: Data, generator: np.random.Generator, allow_flip: bool) -> Tensor:
-    """The file through `train_transform`: uint8 [3, image_size, image_size], the same for the same generator.
+    """The file through `train_transform`: uint8 [3, H, W], the same for the same generator.
 
     Raises:
         ImageError: as `load_image`.
@@ -182,7 +194,7 @@ def training_image(file: ImageFile | str, data: Data, generator: np.random.Gener
 
 
 def evaluation_image(file: ImageFile | str, data: Data) -> Tensor:
-    """The file through `eval_transform`: uint8 [3, image_size, image_size].
+    """The file through `eval_transform`: uint8 [3, H, W].
 
     Raises:
         ImageError: as `load_image`.
@@ -191,21 +203,61 @@ def evaluation_image(file: ImageFile | str, data: Data) -> Tensor:
 
 
 def train_transform(data: Data, generator: np.random.Generator, allow_flip: bool) -> Transform:
-    """RandomResizedCrop (bicubic), flip, RandAugment; draws as many numbers from `generator` whatever the flags."""
-    size, augment = data.image_size, data.augment
+    """RandomResizedCrop (bicubic), flip, RandAugment; draws as many numbers from `generator` whatever the flags.
+
+    With `data.aspect` the whole image is resized instead of a crop, and its aspect ratio kept: SOHO's inputs are only
+    flipped, RandAugment is there for who sets it.
+    """
+    augment = data.augment
 
     def transform(image: Image.Image) -> Tensor:
-        box = crop_box(image.width, image.height, augment, generator)
+        if data.aspect is None:
+            box, shape = crop_box(image.width, image.height, augment, generator), (data.image_size, data.image_size)
+        else:
+            box, shape = _whole(image, data)
         flip = generator.random() < 0.5 and augment.flip and allow_flip
-        tensor = _resize(image, box, size, flip)
+        tensor = _resize(image, box, shape, flip)
         return tensor if augment.randaugment is None else rand_augment(tensor, *augment.randaugment, generator)
 
     return transform
 
 
 def eval_transform(data: Data) -> Transform:
-    """The whole image resized to image_size × image_size (bicubic), without cropping."""
-    return lambda image: _resize(image, (0, 0, image.width, image.height), data.image_size)
+    """The whole image resized (bicubic) to image_size × image_size, or with `data.aspect` in its own aspect ratio."""
+    return lambda image: _resize(image, *_whole(image, data))
+
+
+def fitted_shape(width: int, height: int, aspect: Aspect) -> tuple[int, int]:
+    """Height and width in pixels of an image resized in its aspect ratio.
+
+    The shorter side is `aspect.short`, unless the longer would exceed `aspect.long`, which it then is. An image so long
+    that nothing would be left of its shorter side keeps one pixel of it.
+    """
+    scale = min(aspect.short / min(width, height), aspect.long / max(width, height))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def normalize_batch(batch: Batch, data: Data) -> Batch:
+    """The batch with images and second images normalised, on their device; padding is exactly 0, the mean colour.
+
+    Padding is what lies right of and below `image_sizes`.
+    """
+    images = _normalized(batch.images, batch.image_sizes, data)
+    second = batch.second_images
+    return replace(
+        batch,
+        images=images,
+        second_images=None if second is None else _normalized(second, batch.image_sizes, data),
+    )
+
+
+def _normalized(images: Tensor, sizes: Tensor | None, data: Data) -> Tensor:
+    normalized = normalize(images, data.mean, data.std)
+    if sizes is None:
+        return normalized
+    rows = torch.arange(images.shape[2], device=images.device) >= sizes[:, :1]  # [I, H]
+    columns = torch.arange(images.shape[3], device=images.device) >= sizes[:, 1:]  # [I, W]
+    return normalized.masked_fill_((rows[:, :, None] | columns[:, None, :])[:, None], 0.0)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -235,19 +287,32 @@ def crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _resize(image: Image.Image, box: tuple[int, int, int, int], size: int, flip: bool = False) -> Tensor:
-    """Crop, then antialiased bicubic on uint8: within two grey levels of Pillow's, two to three times as fast."""
+def _whole(image: Image.Image, data: Data) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """The box that is the whole image, and the height and width it is resized to."""
+    square = (data.image_size, data.image_size)
+    shape = square if data.aspect is None else fitted_shape(image.width, image.height, data.aspect)
+    return (0, 0, image.width, image.height), shape
+
+
+def _resize(image: Image.Image, box: tuple[int, int, int, int], shape: tuple[int, int], flip: bool = False) -> Tensor:
+    """Crop, then antialiased bicubic on uint8: within two grey levels of Pillow's, two to three times as fast.
+
+    Args:
+        box: left, top, width, height of the crop.
+        shape: height and width of the result [3, H, W].
+    """
     left, top, width, height = box
+    rows, columns = shape
     crop = image.crop((left, top, left + width, top + height))
     # Channels stay last, as they lie in memory: torch has fast code for it. Views are numpy's, which cost less.
     pixels = np.frombuffer(bytearray(crop.tobytes()), np.uint8).reshape(1, height, width, 3)
     tensor = torch.from_numpy(pixels.transpose(0, 3, 1, 2))
-    if height - size > 2 * max(width - size, 0):
+    if height - rows > 2 * max(width - columns, 0):
         # Bytes are cut to [0, 255] between the passes, so their order shows. torch always resizes rows first; Pillow,
         # from version 13, columns where the height shrinks much more than the width.
-        tensor = _bicubic(tensor, size, width)
-    planes = _bicubic(tensor, size, size).numpy()[0]
-    result = np.empty((3, size, size), np.uint8)
+        tensor = _bicubic(tensor, rows, width)
+    planes = _bicubic(tensor, rows, columns).numpy()[0]
+    result = np.empty((3, rows, columns), np.uint8)
     result[...] = planes[:, :, ::-1] if flip else planes
     return torch.from_numpy(result)
 

@@ -92,7 +92,7 @@ class ShuffledOrder:
             first_runs = np.unique(np.concatenate([[0], np.searchsorted(ends, goals) + 1]))
             first_runs = first_runs[first_runs < len(ends)]
             starts = np.concatenate([[0], ends])[first_runs]
-            _keep(self._epochs, epoch, (runs, starts, first_runs), 2)  # a step may straddle two epochs
+            keep_newest(self._epochs, epoch, (runs, starts, first_runs), 2)  # a step may straddle two epochs
         return self._epochs[epoch]
 
     def _runs(self, epoch: int) -> _Runs:
@@ -124,7 +124,7 @@ class ShuffledOrder:
             indices = np.repeat(runs.starts[chosen], lengths) + inside
             passes = np.repeat(runs.passes[chosen], lengths)
             drawn = generator(self._seed, epoch, window).permutation(len(indices))
-            _keep(self._windows, key, (passes[drawn], indices[drawn]), 2)  # a batch may straddle two windows
+            keep_newest(self._windows, key, (passes[drawn], indices[drawn]), 2)  # a batch may straddle two windows
         return self._windows[key]
 
 
@@ -149,7 +149,8 @@ def number_of(identity: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
+def keep_newest(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Add to a cache, and drop what was added first where there are more than `most` then."""
     kept[key] = value
     if len(kept) > most:
         kept.popitem(last=False)

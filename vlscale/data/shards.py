@@ -106,6 +106,16 @@ class Shards(Corpus):
     def parts(self) -> list[Part]:
         return [Part(self._counts[self._counts > 0])]
 
+    def aspects(self) -> np.ndarray:
+        """From the indices: no tar is read."""
+        ratios = [np.empty(0, np.float32)]
+        for _, place, entry in self._tars:
+            rows = _index(place)
+            if self._captioned and entry.captioned < entry.samples:
+                rows = rows[_captioned_rows(place)]
+            ratios.append((rows["width"] / rows["height"]).astype(np.float32))
+        return np.concatenate(ratios)
+
     def splits(self) -> dict[str, int]:
         counts: dict[str, int] = {}
         for (_, _, entry), count in zip(self._tars, self._counts.tolist(), strict=True):

@@ -6,9 +6,8 @@ caption, crop and augmentation of (seed, epoch, sample id). Workers are given wh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vlscale.config import Data
+from vlscale.data.aspect import AspectOrder, stacked
 from vlscale.data.corpus import Corpus, SampleList, as_corpus, has_caption, image_identity
-from vlscale.data.images import ImageError, evaluation_image, training_image
+from vlscale.data.images import ImageError, evaluation_image, load_image, train_transform
 from vlscale.data.order import Order, ShuffledOrder, generator, number_of
+from vlscale.data.pairs import DrawnTexts, draw_texts
 from vlscale.data.sample import Batch, Sample, SampleError
 from vlscale.data.text import TextTokenizer
 from vlscale.data.workers import context, start_worker, warm_up
@@ -27,7 +28,8 @@ from vlscale.errors import UserError
 MAX_REPLACEMENTS = 1000
 """So many unreadable samples in a row (or the whole epoch, where it is smaller) mean wrong paths, not broken files."""
 
-_SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
+_SECOND_VIEW = 1
+"""What the generator of a sample's second view is named by, besides (seed, epoch, sample id)."""
 
 
 class Stream:
@@ -60,7 +62,7 @@ class Stream:
                 f"train.global_batch: {global_batch} is no multiple of micro_batch × ranks = {micro_batch} × {world}; "
                 "change train.global_batch or train.micro_batch"
             )
-        self._order: Order = order or ShuffledOrder(corpus.parts(), seed, data.window)
+        self._order: Order = order or _order(corpus, data, seed, global_batch)
         self.steps_per_epoch: float = len(self._order) / global_batch
         self.micro_batches_per_step: int = global_batch // (micro_batch * world)
         self._global_batch, self._micro_batch = global_batch, micro_batch
@@ -74,6 +76,9 @@ class Stream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches from `start_step` on: uint8 images and ids padded to max_tokens, on the CPU.
+
+        With `data.aspect` images are padded right and below, and `image_sizes` tells their own sizes; with several
+        `data.texts` per image `matched` tells which are its own; with `data.second_view` there are `second_images`.
 
         Raises:
             UserError: no image can be read.
@@ -106,6 +111,8 @@ class Stream:
 def evaluation_batches(samples: Sequence[Sample], data: Data, batch_size: int) -> Iterator[Batch]:
     """Every image once, in order, resized without cropping; no text (input_ids is [B, 0]).
 
+    With `data.aspect` each batch is padded to its own largest image, and `image_sizes` tells what is not padding.
+
     `image_ids` are indices into `samples`. An image that can't be read is left out of its batch and named in `skipped`.
     """
     dataset = _EvaluationBatches(as_corpus(samples), data)
@@ -113,6 +120,22 @@ def evaluation_batches(samples: Sequence[Sample], data: Data, batch_size: int) -
     # Starting workers takes seconds: only worth it for many images.
     workers = data.workers if len(samples) >= 2000 else 0
     yield from _loaded(dataset, positions, workers)
+
+
+def _order(corpus: Corpus, data: Data, seed: int, global_batch: int) -> Order:
+    shuffled = ShuffledOrder(corpus.parts(), seed, data.window)
+    if data.aspect is None:
+        return shuffled
+    return AspectOrder(shuffled, corpus.aspects(), data.aspect.window, global_batch, seed)
+
+
+class _Drawn(NamedTuple):
+    """What one sample gives a batch."""
+
+    sample: Sample
+    views: list[Tensor]
+    """One or two, uint8 [3, H, W]."""
+    texts: DrawnTexts
 
 
 class _TrainingBatches(Dataset[Any]):
@@ -123,51 +146,60 @@ class _TrainingBatches(Dataset[Any]):
         self._data, self._tokenizer, self._seed, self._order = data, tokenizer, seed, order
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any] | UserError:
-        size = self._data.image_size
-        images = torch.empty(len(positions), 3, size, size, dtype=torch.uint8)
-        samples: list[Sample] = []
-        texts: list[str] = []
         skipped: list[str] = []
         try:
-            for row, position in enumerate(positions):
-                sample, images[row], text = self._readable(position, skipped)
-                samples.append(sample)
-                texts.append(text)
+            drawn = [self._readable(position, skipped) for position in positions]
         except UserError as error:  # as a value: the loader would wrap it into a traceback
             return error
-        input_ids, mask = self._tokenizer.encode(texts, pad_to=self._tokenizer.max_tokens)
+        return {**self._images(drawn), **self._texts(drawn), "skipped": skipped}
+
+    def _images(self, drawn: list[_Drawn]) -> dict[str, Any]:
+        first, *second = (
+            stacked(views, self._data.image_size, self._data.aspect)
+            for views in zip(*(one.views for one in drawn), strict=True)
+        )
+        images, sizes = first
         return {
             "images": images,
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            "image_ids": torch.tensor([number_of(image_identity(sample)) >> 1 for sample in samples]),
-            "sample_ids": [sample.id for sample in samples],
-            "texts": texts,
-            "skipped": skipped,
+            "image_sizes": sizes,
+            "second_images": second[0][0] if second else None,
+            "image_ids": torch.tensor([number_of(image_identity(one.sample)) >> 1 for one in drawn]),
+            "sample_ids": [one.sample.id for one in drawn],
         }
 
-    def _readable(self, position: int, skipped: list[str]) -> tuple[Sample, Tensor, str]:
+    def _texts(self, drawn: list[_Drawn]) -> dict[str, Any]:
+        texts = [text for one in drawn for text in one.texts.texts]
+        matched = [own for one in drawn for own in one.texts.matched]
+        input_ids, mask = self._tokenizer.encode(texts, pad_to=self._tokenizer.max_tokens)
+        many = self._data.texts.per_image > 1
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "matched": torch.tensor(matched, dtype=torch.int64) if many else None,
+            "texts": texts,
+        }
+
+    def _readable(self, position: int, skipped: list[str]) -> _Drawn:
         """The sample at `position`, or the next one in the order that can be read."""
         limit = min(len(self._order), MAX_REPLACEMENTS)
         for candidate in range(position, position + limit):
             walk, index = self._order.at(candidate)
             try:
-                sample = self._corpus.sample(index)
-                return (sample, *self._draw(walk, sample))
+                return self._draw(walk, self._corpus.sample(index))
             except (ImageError, SampleError) as error:
                 skipped.append(f"{self._corpus.where(index)}: {error}")
         raise UserError(
             f"data: none of {limit} samples in a row can be read, the last one is {skipped[-1]}; check data.image_root"
         )
 
-    def _draw(self, walk: int, sample: Sample) -> tuple[Tensor, str]:
-        """Image and caption of the sample's `walk`-th time."""
-        drawn = generator(self._seed, walk, number_of(sample.id))
-        captions = [caption for caption in sample.captions if caption.strip()]
-        if not captions:
-            raise SampleError("no caption")
-        text = captions[int(drawn.integers(len(captions)))]
-        return training_image(sample.image, self._data, drawn, allow_flip=_SIDES.search(text) is None), text
+    def _draw(self, walk: int, sample: Sample) -> _Drawn:
+        """Views and texts of the sample's `walk`-th time; the image is decoded once."""
+        names = (self._seed, walk, number_of(sample.id))
+        drawn = generator(*names)
+        texts = draw_texts(sample, self._corpus, self._data.texts, drawn)
+        image, may_flip = load_image(sample.image), not texts.names_a_side
+        draws = [drawn, generator(*names, _SECOND_VIEW)] if self._data.second_view else [drawn]
+        return _Drawn(sample, [train_transform(self._data, of_view, may_flip)(image) for of_view in draws], texts)
 
 
 class _EvaluationBatches(Dataset[Any]):
@@ -177,7 +209,6 @@ class _EvaluationBatches(Dataset[Any]):
         self._corpus, self._data = corpus, data
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        size = self._data.image_size
         images, kept, ids, skipped = [], [], [], []
         for index in indices:
             try:
@@ -187,8 +218,10 @@ class _EvaluationBatches(Dataset[Any]):
                 ids.append(sample.id)
             except (ImageError, SampleError) as error:
                 skipped.append(f"{self._corpus.where(index)}: {error}")
+        pixels, sizes = stacked(images, self._data.image_size, self._data.aspect)
         return {
-            "images": torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
+            "images": pixels,
+            "image_sizes": sizes,
             "input_ids": torch.empty(len(kept), 0, dtype=torch.int64),
             "attention_mask": torch.empty(len(kept), 0, dtype=torch.int64),
             "image_ids": torch.tensor(kept, dtype=torch.int64),

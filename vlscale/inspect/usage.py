@@ -1,40 +1,31 @@
-"""What a data set makes of a codebook: counts, entropy, dead codes, and what the patches of a code show."""
+"""What a data set makes of a codebook over patches: the code of every cell, counts, entropy, dead codes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vlscale.codebooks.health import count_codes, entropy
 from vlscale.config import Data
-from vlscale.data.images import normalize
+from vlscale.data.images import normalize_batch
 from vlscale.data.sample import Batch, Sample
 from vlscale.data.stream import evaluation_batches
 from vlscale.errors import UserError
-from vlscale.systems.protocol import System
+from vlscale.inspect.cells import CutImage
+from vlscale.systems.protocol import Cells, System
 
 MAX_IMAGES = 1000
 """Images that are looked at; from larger splits so many are drawn with `SEED`."""
 SEED = 0
-NO_BOX = -1
-NO_BOX_NAME = "no box"
-
-
-@runtime_checkable
-class Quantises(Protocol):
-    """A system whose codebooks read a grid of patches."""
-
-    @property
-    def grid(self) -> tuple[int, int]: ...
-
-    def codebook_features(self, batch: Batch) -> dict[str, Tensor]:
-        """Per codebook [B, N, d], cells row by row."""
-        ...
+PADDING = -1
+"""The code of a cell that is padding, and of those that fill up the rows of images with fewer cells than others."""
+NEAR_ZERO = 1e-3
+"""Of the mean norm of the codes: what is shorter counts as zero."""
 
 
 @dataclass(slots=True)
@@ -42,13 +33,16 @@ class Assigned:
     """A data set and the code of every cell."""
 
     samples: list[Sample]
-    images: np.ndarray
-    """[I, H, W, 3] uint8, as the system saw them."""
-    grid: tuple[int, int]
+    images: list[CutImage]
+    """As the system saw them; batches may differ in their grid."""
     codes: dict[str, np.ndarray]
-    """[I, N] int64 per codebook."""
+    """[I, N] int64 per codebook, N the most cells of an image: each image's row by row, else `PADDING`."""
     skipped: list[str]
     """Images that can't be read: `path: reason`."""
+
+    def of(self, name: str, image: int) -> np.ndarray:
+        """Codes of one image's cells, [rows · columns] int64."""
+        return self.codes[name][image, : len(self.images[image])]
 
 
 @dataclass(slots=True)
@@ -97,27 +91,49 @@ def assign_codes(
         UserError: the system has no codebook over patches, or no image can be read.
     """
     books = system.codebooks()
-    if not books or not isinstance(system, Quantises):
-        raise UserError(f"{name}: its system has no codebook over image patches, so there is nothing to inspect")
+    nothing = f"{name}: its system has no codebook over image patches, so there is nothing to inspect"
+    if not books:
+        raise UserError(nothing)
     kept: list[int] = []
-    images: list[Tensor] = []
+    images: list[CutImage] = []
     codes: dict[str, list[Tensor]] = {}
     skipped: list[str] = []
     for loaded, batch in normalized_batches(samples, data, batch_size, device):
-        kept += loaded.image_ids.tolist()
-        images.append(loaded.images)
         skipped += loaded.skipped
+        if not len(loaded.images):
+            continue
+        cells = system.cells(batch)
+        cut = cut_images(loaded, cells)
+        # A system may take a cell for valid (SOHO's release does) in which nothing of the image is.
+        valid = cells.valid.cpu() & torch.from_numpy(np.stack([image.visible() for image in cut]))  # [B, N]
+        kept += loaded.image_ids.tolist()
+        images += cut
         for book, features in system.codebook_features(batch).items():
-            codes.setdefault(book, []).append(books[book].assign(features).cpu())
+            found = books[book].assign(features).cpu()  # [B, N]
+            codes.setdefault(book, []).append(torch.where(valid, found, PADDING))
     if not kept:
         raise UserError(f"none of the {len(samples)} images can be read, the first is {skipped[0]}; check --image-root")
-    return Assigned(
-        [samples[index] for index in kept],
-        torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy(),
-        cast(Quantises, system).grid,
-        {book: torch.cat(parts).numpy() for book, parts in codes.items()},
-        skipped,
-    )
+    if not codes:
+        raise UserError(nothing)
+    return Assigned([samples[index] for index in kept], images, {b: _joined(codes[b]) for b in codes}, skipped)
+
+
+def cut_images(loaded: Batch, cells: Cells) -> list[CutImage]:
+    """Every image of a batch of uint8 images, its padding cut off."""
+    height, width = loaded.images.shape[2:]
+    whole = [[height, width]] * len(loaded.images)
+    sizes = whole if loaded.image_sizes is None else loaded.image_sizes.tolist()
+    pixels = loaded.images.permute(0, 2, 3, 1).numpy()  # [B, H, W, 3]
+    return [
+        CutImage(image[:h, :w].copy(), cells.rows, cells.columns, (height, width))
+        for image, (h, w) in zip(pixels, sizes, strict=True)
+    ]
+
+
+def _joined(parts: Sequence[Tensor]) -> np.ndarray:
+    """Codes [B, N] of batches with different numbers of cells, below one another; shorter rows end in `PADDING`."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=PADDING) for part in parts]).numpy()
 
 
 def normalized_batches(
@@ -125,15 +141,19 @@ def normalized_batches(
 ) -> Iterator[tuple[Batch, Batch]]:
     """Readable images as loaded (uint8, on the CPU) and as the system takes them (float32, on `device`)."""
     for loaded in evaluation_batches(samples, data, batch_size):
-        batch = loaded.to(device)
-        batch.images = normalize(batch.images, data.mean, data.std)
-        yield loaded, batch
+        yield loaded, normalize_batch(loaded.to(device), data)
 
 
 def usage_of(codes: np.ndarray, size: int) -> Usage:
-    """Counts of codes [I, N] in a codebook of `size`."""
-    counts = count_codes(torch.from_numpy(codes), size)
-    return Usage(counts.long().numpy(), entropy(counts).item())
+    """Counts of codes [I, N] in a codebook of `size`; `PADDING` counts nowhere."""
+    counts = count_codes(torch.from_numpy(codes[codes != PADDING]), size)
+    return Usage(counts.long().numpy(), max(0.0, entropy(counts).item()))  # no “-0.00” where all have one code
+
+
+def zero_codes(vectors: np.ndarray) -> list[int]:
+    """Codes [K, d] of (almost) zero norm: shorter than `NEAR_ZERO` of the mean norm."""
+    norms = np.linalg.norm(vectors, axis=1)
+    return np.flatnonzero(norms <= NEAR_ZERO * norms.mean()).tolist()
 
 
 def pick_codes(usage: Usage, count: int) -> list[int]:
@@ -151,76 +171,3 @@ def pick_patches(codes: np.ndarray, code: int, count: int) -> list[tuple[int, in
     first = np.sort(np.unique(places[:, 0], return_index=True)[1])  # the first draw of each image, in drawn order
     order = np.concatenate([first, np.setdiff1d(np.arange(len(places)), first)])[:count]
     return [(int(image), int(cell)) for image, cell in places[order]]
-
-
-def cell_tags(samples: list[Sample], grid: tuple[int, int]) -> tuple[list[str], np.ndarray]:
-    """Which thing every cell shows, where the samples have boxes with tags.
-
-    Returns:
-        (tag names, [I, N] int64 index into them): the tag of the smallest box that holds the cell's centre, or NO_BOX.
-    """
-    names = sorted({tag for sample in samples for tag in sample.tags[: len(sample.boxes)]})
-    number = {name: index for index, name in enumerate(names)}
-    rows, columns = grid
-    y = (np.arange(rows * columns) // columns + 0.5) / rows
-    x = (np.arange(rows * columns) % columns + 0.5) / columns
-    found = np.full((len(samples), rows * columns), NO_BOX)
-    for index, sample in enumerate(samples):
-        boxes = list(zip(sample.boxes, sample.tags, strict=False))
-        # Largest first: what is drawn last is the smallest.
-        for (x1, y1, x2, y2), tag in sorted(boxes, key=lambda item: -_area(item[0])):
-            found[index, (x1 <= x) & (x < x2) & (y1 <= y) & (y < y2)] = number[tag]
-    return names, found
-
-
-def _area(box: tuple[float, float, float, float]) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
-@dataclass(slots=True)
-class TagShare:
-    """How much of a code's patches a tag, or all tags with a word, cover."""
-
-    tag: str
-    share: float
-    """Of the code's patches, in [0, 1]: the code's purity, for its first tag."""
-    everywhere: float
-    """Of all patches."""
-
-
-class TagTable:
-    """Shares of tags and of their words among the patches of a code."""
-
-    def __init__(self, samples: list[Sample], grid: tuple[int, int]) -> None:
-        self.tags, self.cells = cell_tags(samples, grid)
-        self.words = sorted({word for tag in self.tags for word in tag.split()})
-        member = [[word in tag.split() for tag in self.tags] for word in self.words]
-        self._member = np.array(member, dtype=np.float64).reshape(len(self.words), len(self.tags))
-        self._everywhere = self._frequencies(self.cells.flatten())
-
-    def of(self, codes: np.ndarray, code: int, top: int = 3) -> tuple[list[TagShare], list[TagShare]]:
-        """Tags and words that a code shows more than other codes do, the largest excess first; codes [I, N].
-
-        `no box` counts as a tag; both lists are empty where no sample has boxes.
-        """
-        if not self.tags:
-            return [], []
-        own = self._frequencies(self.cells[codes == code])
-        names = [*self.tags, NO_BOX_NAME]
-        tags = _largest(names, own, self._everywhere, top)
-        has_words = len(self.words) > 0 and any(" " in tag for tag in self.tags)
-        words = [*self.words, NO_BOX_NAME]
-        return tags, _largest(words, self._by_word(own), self._by_word(self._everywhere), top) if has_words else []
-
-    def _frequencies(self, cells: np.ndarray) -> np.ndarray:
-        """Share of each tag, `no box` last; [T + 1]."""
-        shifted = np.where(cells == NO_BOX, len(self.tags), cells)
-        return np.bincount(shifted, minlength=len(self.tags) + 1) / max(1, len(shifted))
-
-    def _by_word(self, frequencies: np.ndarray) -> np.ndarray:
-        return np.append(self._member @ frequencies[:-1], frequencies[-1])
-
-
-def _largest(names: list[str], own: np.ndarray, everywhere: np.ndarray, top: int) -> list[TagShare]:
-    best = [index for index in np.argsort(everywhere - own, kind="stable")[:top] if own[index] > everywhere[index]]
-    return [TagShare(names[index], float(own[index]), float(everywhere[index])) for index in best]
