@@ -21,7 +21,9 @@ def codebook_inspect(
     data: DataOption = None,
     image_root: ImageRootOption = None,
     split: SplitOption = None,
-    show_patches: Annotated[bool, typer.Option("--show-patches", help="Draw what each code stands for.")] = False,
+    show_patches: Annotated[
+        bool, typer.Option("--show-patches", help="Draw what codes stand for, and images as codes.")
+    ] = False,
     codes: Annotated[int, typer.Option(min=1, help="How many of the most used codes to draw.")] = 16,
     code: Annotated[int | None, typer.Option(min=0, help="Draw this code only.")] = None,
     out: OutOption = None,

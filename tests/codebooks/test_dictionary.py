@@ -213,3 +213,30 @@ def test_two_ranks_agree_with_each_other_and_with_one() -> None:
     ]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
+def test_kmeans_start_and_revival_take_valid_features_only() -> None:
+    """Padding is far away here: no code may come from it; all ends up used where random codes leave most unused."""
+    torch.manual_seed(0)
+    options = Dictionary(size=8, init="kmeans", init_step=1, revive_after=20, gamma=0.9)
+    dictionary = VisualDictionary(options, 4).train()
+    valid = torch.ones(6, 10, dtype=torch.bool)
+    valid[:, 7:] = False
+    for step in range(60):
+        features = torch.where(valid[..., None], torch.randn(6, 10, 4) * 0.1 + 5, torch.tensor(-99.0))
+        dictionary.begin(step)
+        dictionary(features, valid)
+        dictionary.after_step(step + 1, step / 100)
+        if step == 0:
+            assert dictionary.codes.min() > 4
+            dictionary.codes[:4] = 1000.0  # dead from here on, until they are revived
+    assert 4 < float(dictionary.codes.min()) < float(dictionary.codes.max()) < 6
+    assert not dictionary.tracker.dead(60).any()
+    random = VisualDictionary(Dictionary(size=8), 4).train()
+    random.begin(0)
+    assert len(random(features, valid).indices[valid].unique()) < len(dictionary.assign(features)[valid].unique())
+
+
+def test_the_release_has_no_upkeep() -> None:
+    with pytest.raises(ValueError, match="need update: paper"):
+        Dictionary(update="release", init="kmeans")

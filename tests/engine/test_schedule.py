@@ -1,25 +1,55 @@
 import math
+from typing import Any
 
 import pytest
 
-from vlscale.config import Train
+from vlscale.config import Sgd, Train, parse_recipe
 from vlscale.engine.schedule import batch_plan, draw_seed, learning_rate, total_steps
 from vlscale.errors import UserError
 
 
 def test_rate_rises_linearly_then_falls_as_a_cosine() -> None:
     train = Train(lr=1.0, warmup_lr=0.2, min_lr=0.1, warmup_steps=4)
-    assert learning_rate(train, 0, 12) == 0.2
-    assert learning_rate(train, 2, 12) == pytest.approx(0.6)
-    assert learning_rate(train, 4, 12) == 1.0
-    assert learning_rate(train, 8, 12) == pytest.approx(0.55)
-    assert learning_rate(train, 12, 12) == pytest.approx(0.1)
-    assert learning_rate(train, 6, 12) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate(train, 0, 12, 3.0) == 0.2
+    assert learning_rate(train, 2, 12, 3.0) == pytest.approx(0.6)
+    assert learning_rate(train, 4, 12, 3.0) == 1.0
+    assert learning_rate(train, 8, 12, 3.0) == pytest.approx(0.55)
+    assert learning_rate(train, 12, 12, 3.0) == pytest.approx(0.1)
+    assert learning_rate(train, 6, 12, 3.0) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
 
 
 def test_warmup_may_outlast_the_run_and_be_absent() -> None:
-    assert learning_rate(Train(lr=1.0, warmup_lr=0.0, warmup_steps=100), 50, 10) == 0.5
-    assert learning_rate(Train(lr=1.0, warmup_steps=0), 0, 10) == 1.0
+    assert learning_rate(Train(lr=1.0, warmup_lr=0.0, warmup_steps=100), 50, 10, 5.0) == 0.5
+    assert learning_rate(Train(lr=1.0, warmup_steps=0), 0, 10, 5.0) == 1.0
+
+
+def test_milestones_divide_the_rate_by_ten_from_their_step_on() -> None:
+    """Epochs of 10.4 steps: 2 epochs are passed at step 21, 2.5 at step 26."""
+    sgd = Sgd(lr=1.0, warmup_lr=0.5, warmup_steps=4, schedule="steps", milestones=(2, 2.5))
+    rates = [learning_rate(sgd, step, 40, 10.4) for step in range(40)]
+    assert rates[:4] == [0.5, 0.625, 0.75, 0.875]
+    assert set(rates[4:21]) == {1.0}
+    assert set(rates[21:26]) == {0.1}
+    assert set(rates[26:]) == {0.01}
+
+
+def test_a_warm_up_that_outlasts_a_milestone_falls_to_the_lower_rate() -> None:
+    rate = Train(lr=1.0, warmup_lr=0.0, warmup_steps=10, schedule="steps", milestones=(0.5,))
+    assert learning_rate(rate, 9, 40, 10.0) == 0.9
+    assert learning_rate(rate, 10, 40, 10.0) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"schedule": "steps"}, r"milestones: `schedule: steps` needs the epochs"),
+        ({"milestones": [25, 35]}, r"milestones: `schedule: cosine` does not read them"),
+        ({"backbone": {"schedule": "steps"}}, r"train.backbone.*needs the epochs"),
+    ],
+)
+def test_milestones_and_steps_come_together(keys: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        parse_recipe({"name": "x", "system": {"name": "soho"}, "train": keys}, "x.yaml")
 
 
 def test_max_steps_win_over_epochs() -> None:

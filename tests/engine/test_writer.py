@@ -114,7 +114,7 @@ def test_plain_writer_does_the_same_without_an_engine() -> None:
 def test_biases_norms_positions_temperature_and_codes_do_not_decay(tmp_path: Path) -> None:
     system = ToySystem(VOCABULARY)
     system.position_embeddings = torch.nn.Embedding(4, 4)
-    groups = {group["name"]: group for group in parameter_groups(system, 0.1)}
+    groups = {group["name"]: group for group in parameter_groups(system, Train(weight_decay=0.1))}
     names = {parameter: name for name, parameter in system.named_parameters()}
     spared = {names[parameter] for parameter in groups["no_decay"]["params"]}
     assert spared == {

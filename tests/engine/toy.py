@@ -23,9 +23,12 @@ LATE_FROM = 3
 
 
 class ToySystem(nn.Module):
-    """Two encoders, a contrastive loss over all ranks, a head that joins late, a codebook, an average and a queue."""
+    """Two encoders, a contrastive loss over all ranks, a head that joins late, a codebook, an average and a queue.
 
-    def __init__(self, vocabulary: Vocabulary, image_size: int = 8) -> None:
+    With a backbone, the pixels go through a layer that rests for the first `freeze_epochs`.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, image_size: int = 8, backbone: bool = False) -> None:
         super().__init__()
         self.image = nn.Linear(3 * image_size * image_size, WIDTH)
         self.text = nn.Embedding(vocabulary.size, WIDTH)
@@ -40,9 +43,14 @@ class ToySystem(nn.Module):
         self.revive_rows: Tensor | None = None
         self.poison: dict[int, float] = {}
         """Value added to `itc` at a step (counted from 0)."""
+        self.freeze_epochs = 0.0
+        if backbone:
+            self.backbone = nn.Linear(3 * image_size * image_size, 3 * image_size * image_size)
 
     def forward(self, batch: Batch, progress: Progress, choices: Choices | None = None) -> StepOutput:
-        image = F.normalize(self.norm(F.dropout(self.image(batch.images.flatten(1)), self.dropout)).float(), dim=-1)
+        pixels = batch.images.flatten(1)
+        pixels = self.backbone(pixels) if hasattr(self, "backbone") else pixels
+        image = F.normalize(self.norm(F.dropout(self.image(pixels), self.dropout)).float(), dim=-1)
         words = self.text(batch.input_ids) * batch.attention_mask.unsqueeze(-1)
         text = F.normalize(words.sum(1).float(), dim=-1)
         noise = torch.randn(image.shape, generator=progress.generator).to(image) * 0.01
@@ -80,6 +88,12 @@ class ToySystem(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"codes"}
 
+    def rest(self, progress: Progress) -> bool:
+        resting = hasattr(self, "backbone") and progress.epoch < self.freeze_epochs
+        if hasattr(self, "backbone"):
+            self.backbone.requires_grad_(not resting)
+        return resting
+
 
 def _first_row(rows: int) -> int:
     from vlscale import distributed
@@ -88,8 +102,12 @@ def _first_row(rows: int) -> int:
 
 
 def build_toy(recipe: Recipe, vocabulary: Vocabulary) -> nn.Module:
-    """Stands in for `registry.build_system`."""
-    return ToySystem(vocabulary, recipe.data.image_size)
+    """Stands in for `registry.build_system`; a recipe of SOHO gives the toy a backbone."""
+    backbone = getattr(recipe.system, "backbone", None)
+    system = ToySystem(vocabulary, recipe.data.image_size, backbone is not None)
+    if backbone is not None:
+        system.freeze_epochs = backbone.freeze_epochs
+    return system
 
 
 def write_data(folder: Path, count: int = 24, broken: int | None = None) -> Path:

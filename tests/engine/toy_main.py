@@ -1,7 +1,7 @@
 """One rank of a toy run in a process of its own: `python -m tests.engine.toy_main JSON`.
 
-JSON: {"data": path, "runs": [{"out", "resume"?, "kill"?, "recipe"?: {…}}]}. `kill` is the number of the os.replace
-under the run's checkpoints instead of which the process gets SIGKILL.
+JSON: {"data": path, "runs": [{"out", "resume"?, "stop_after"?, "kill"?, "recipe"?: {…}}]}.
+`kill` is the number of the os.replace under the run's checkpoints instead of which the process gets SIGKILL.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main(request: dict[str, Any]) -> None:
             out=Path(run["out"]),
             resume=run.get("resume"),
             threads=1,
+            stop_after=run.get("stop_after"),
         )
 
 

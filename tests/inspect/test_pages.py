@@ -16,7 +16,7 @@ from rich.console import Console
 from tests.small_run import make_run
 from vlscale.cli.main import main
 from vlscale.errors import UserError
-from vlscale.inspect import report
+from vlscale.inspect import patch_page, report
 from vlscale.inspect.codebook import inspect_codebook, usage_table
 from vlscale.inspect.reconstructions import inspect_reconstructions, unexplained_variance
 from vlscale.interop.run import load_run, run_samples
@@ -182,8 +182,8 @@ def test_text_is_escaped() -> None:
         assert escaped in html
     shares = [{"tag": evil, "share": 1.0, "everywhere": 0.5}]
     entry = {"code": 3, "count": 1, "share": 1.0, "images": 1, "picture": "p.png", "tags": shares, "words": []}
-    assert evil not in report._one_code(entry)
-    assert escaped in report._one_code(entry)
+    assert evil not in patch_page._one_code(entry)
+    assert escaped in patch_page._one_code(entry)
 
 
 def test_systems_without_codebook_or_pixels_say_so(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_each_loss_against_a_slow_recomputation() -> None:
     matching = 0.0
     for pair in range(len(batch)):
         label = int(batch.matched[pair])  # type: ignore[index]
-        matching -= float(system.itm_head(fused[pair, 0]).log_softmax(0)[label])
+        matching -= float(system.itm_head(fused[pair, 0]).detach().log_softmax(0)[label])
         if not label:
             continue
         for place in range(LENGTH):

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlscale import distributed
-from vlscale.codebooks.health import UsageTracker
 from vlscale.codebooks.nearest import nearest_codes
 from vlscale.codebooks.protocol import CodebookUsage
-from vlscale.codebooks.upkeep import DEAD_AFTER
+from vlscale.codebooks.upkeep import Upkeep
 from vlscale.config import Dictionary
 from vlscale.errors import UserError
 from vlscale.nn.precision import full_precision
@@ -65,7 +64,8 @@ class VisualDictionary(nn.Module):
             self.register_buffer("moving_counts", torch.zeros(options.size))
             self.register_buffer("moving_sums", torch.zeros(options.size, width))
             self.register_buffer("total_counts", torch.zeros(options.size))
-        self.tracker = UsageTracker(options.size, DEAD_AFTER)
+        self.upkeep = Upkeep(options)
+        self.tracker = self.upkeep.tracker
         """Goes with the system's `carried_state`."""
         self._pending: Tensor | None = None
         self._step: int | None = None
@@ -101,11 +101,12 @@ class VisualDictionary(nn.Module):
         self._pending = None
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, fraction: float = 0.0) -> None:
         """Eq. 4 with `update: paper`, and the usage; once per optimizer step, the same on every rank.
 
         Args:
             step: number of the step just taken.
+            fraction: share of the run done before it; revival ends with `revive_until`.
         """
         pending, self._pending = self._pending, None
         if pending is None:  # no training forward has quantised, on any rank: fine-tuning takes the features
@@ -114,6 +115,8 @@ class VisualDictionary(nn.Module):
             pending = distributed.all_reduce_sum(pending)
             self._move_used_codes(pending)
         self.tracker.update(pending[:, -1], step)
+        if self.options.update == "paper":
+            self.upkeep.refresh(self.codes, step, fraction, _InPlace())
 
     def metrics(self, step: int) -> dict[str, Tensor]:
         """Scalars to log, on the device: the tracker's, and `codebook_zero`, the share of codes of (almost) no length.
@@ -138,6 +141,7 @@ class VisualDictionary(nn.Module):
             totals = totals[:, -1:]  # all that the tracker needs
         else:
             totals = self._totals(features, indices, valid)
+            self.upkeep.offer(_valid_rows(features, valid))
         self._pending = totals if self._pending is None else self._pending + totals
 
     def _totals(self, features: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
@@ -172,6 +176,27 @@ class VisualDictionary(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(moved_only, recurse)
+
+
+class _InPlace:
+    """`ParameterWriter` for a buffer: no optimizer knows it."""
+
+    def read(self, codes: Tensor) -> Tensor:
+        return codes.clone()
+
+    def write(self, codes: Tensor, value: Tensor) -> None:
+        codes.copy_(value)
+
+    def reset_moments(self, codes: Tensor, rows: Tensor) -> None:
+        pass
+
+
+def _valid_rows(features: Tensor, valid: Tensor) -> Tensor:
+    """[M, N, D] → [M · N, D] without the padding, in whose place valid rows are repeated: a shape known beforehand."""
+    flat, wanted = features.flatten(0, 1), valid.flatten()
+    order = torch.argsort(~wanted, stable=True)
+    rows = torch.arange(len(flat), device=flat.device) % wanted.sum().clamp(min=1)
+    return flat[order[rows]]
 
 
 def _check_momentum(options: Dictionary) -> None:

@@ -6,7 +6,7 @@ codes that features are quantised to: from random codes without revival nearly a
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,10 @@ class Upkeep:
         """Remember what a training forward saw, until `after_step`; features [n, d], indices [n]."""
         counts = count_codes(indices, self.options.size)
         self._counts = counts if self._counts is None else self._counts + counts
+        self.offer(features)
+
+    def offer(self, features: Tensor) -> None:
+        """Features [n, d] that codes may start from, until `refresh`; the last ones offered count."""
         self._candidates = features.detach().float()
 
     @torch.no_grad()
@@ -58,15 +62,22 @@ class Upkeep:
         if self._counts is None or self._candidates is None:
             return
         self.tracker.update(distributed.all_reduce_sum(self._counts), step)
+        self._counts = None
+        self.refresh(codes, step, fraction, writer)
+
+    @torch.no_grad()
+    def refresh(self, codes: Tensor, step: int, fraction: float, writer: ParameterWriter) -> None:
+        """k-means start and revival of `codes`, a parameter or whatever the writer writes to."""
         options = self.options
         if options.init == "kmeans" and step == options.init_step:
-            writer.write(codes, self._centres(step))
+            parameter = cast(nn.Parameter, codes)
+            writer.write(parameter, self._centres(step))
             every = torch.ones(options.size, dtype=torch.bool, device=codes.device)
-            writer.reset_moments(codes, every)
+            writer.reset_moments(parameter, every)
             self.tracker.forget(step)
         elif self._revival_due(step, fraction):
-            self._revive(codes, step, writer)
-        self._counts = self._candidates = None
+            self._revive(cast(nn.Parameter, codes), step, writer)
+        self._candidates = None
 
     def _centres(self, step: int) -> Tensor:
         points = self._spread(KMEANS_POINTS * self.options.size, step)

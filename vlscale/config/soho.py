@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from vlscale.config.bert import Bert
 from vlscale.config.section import Section, Share
@@ -47,6 +47,20 @@ class Dictionary(Section):
     """Momentum of eq. 4."""
     decay: Share = 0.4
     """Momentum of the release's counts and sums."""
+    init: Literal["kmeans", "random"] = "random"
+    """`random` is the paper's; few of the random codes are ever nearest to a feature."""
+    init_step: PositiveInt = 100
+    """Step after which k-means of its batch's features replaces the random codes."""
+    revive_after: NonNegativeInt = 0
+    """A code unused for so many steps is re-seeded from a feature of the batch; 0, the paper's, switches it off."""
+    revive_until: Share = 0.7
+    """Share of the steps after which no code is revived any more."""
+
+    @model_validator(mode="after")
+    def _release_has_no_upkeep(self) -> Dictionary:
+        if self.update == "release" and (self.init != "random" or self.revive_after):
+            raise ValueError("init kmeans and revive_after need update: paper; the release's sums would undo them")
+        return self
 
 
 class Mvm(Section):

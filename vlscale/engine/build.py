@@ -18,6 +18,7 @@ from torch import nn
 
 from vlscale import distributed
 from vlscale.config import Train
+from vlscale.engine.mixed import MixedOptimizer
 from vlscale.engine.optim import build_optimizer
 from vlscale.engine.schedule import BatchPlan
 from vlscale.errors import UserError
@@ -136,6 +137,7 @@ def import_deepspeed() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
@@ -143,6 +145,9 @@ def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Shared memory collectives of CPU inference. DeepSpeed keeps this dict for such edits (`ops/__init__.py`).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Our optimizer is tested with ZeRO; DeepSpeed would tell every run to be careful with it.
+    if MixedOptimizer not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(MixedOptimizer)
     return deepspeed
 
 
@@ -162,7 +167,7 @@ def _scalars_broadcast(system: nn.Module) -> Iterator[None]:
 
 
 def _link_moments_of_every_group(zero: Any) -> None:
-    """Let DeepSpeed link Adam's moments to the parameters when all groups have them.
+    """Let DeepSpeed link the optimizer's moments to the parameters when all groups have them.
 
     It links once, after the first group's first step; the later groups have no moments then and would never get a link
     (`safe_get_full_optimizer_state`: "exp_avg not found").

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from vlscale import distributed
 from vlscale.config import LOSSES, Recipe
-from vlscale.data.images import normalize
+from vlscale.data.images import normalize_batch
 from vlscale.data.open import read_data, training_split
 from vlscale.data.order import layout_of
 from vlscale.data.sample import Batch
 from vlscale.data.stream import Stream
 from vlscale.engine import build, checkpoint, start
 from vlscale.engine.monitor import Monitor
-from vlscale.engine.optim import set_learning_rate
+from vlscale.engine.optim import has_backbone, set_learning_rate
 from vlscale.engine.schedule import BatchPlan, batch_plan, draw_seed, learning_rate, total_steps
 from vlscale.engine.tally import Tally
 from vlscale.engine.writer import EngineWriter
@@ -180,8 +180,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float | int]:
     """One optimizer step: forward and backward of every micro-batch, then the update; returns its metrics."""
     began = time.monotonic()
     state, seed = run.state, run.recipe.train.seed
-    rate = learning_rate(run.recipe.train, state.step, run.total_steps)
-    set_learning_rate(run.engine.optimizer, rate)
+    rates = _set_rates(run)
     tally = Tally(run.device)
     for micro in range(run.plan.accumulation):
         batch = _on_device(next(batches), run)
@@ -200,7 +199,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float | int]:
         "step": state.step,
         "epoch": state.step / run.stream.steps_per_epoch,
         **values,
-        "lr": rate,
+        **rates,
         **_gradient_facts(run),
         "images_per_s": run.plan.global_batch / (time.monotonic() - began),
     }
@@ -210,6 +209,23 @@ def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float | int]:
     if state.bad_in_a_row >= run.recipe.train.max_bad_steps:
         _give_up(run, tally, row)
     return row
+
+
+def _set_rates(run: Run) -> dict[str, float]:
+    """Put the backbone to rest or wake it, and give every group the rate of this step; returns the rates by name.
+
+    A system may toggle `requires_grad` here, between two steps: ZeRO-1/2 hooks every parameter that is trainable when
+    the engine is built, for good, and takes a missing gradient for zeros, which the mark `resting` keeps out of the
+    optimizer. What is frozen before that has no hook and never trains.
+    """
+    train, progress = run.recipe.train, run.progress(None)
+    schedule = (progress.step, progress.total_steps, progress.steps_per_epoch)
+    resting: bool = run.system.rest(progress)  # type: ignore[operator]
+    rates = {"lr": learning_rate(train, *schedule)}
+    if has_backbone(run.engine.optimizer):
+        rates["lr_backbone"] = 0.0 if resting else learning_rate(train.backbone or train, *schedule)
+    set_learning_rate(run.engine.optimizer, rates["lr"], rates.get("lr_backbone"), resting)
+    return rates
 
 
 def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
@@ -229,9 +245,7 @@ def poison(total: Tensor) -> Tensor:
 
 
 def _on_device(batch: Batch, run: Run) -> Batch:
-    batch = batch.to(run.device)
-    batch.images = normalize(batch.images, run.recipe.data.mean, run.recipe.data.std)
-    return batch
+    return normalize_batch(batch.to(run.device), run.recipe.data)
 
 
 def _seed_draws(*keys: int | str) -> torch.Generator:

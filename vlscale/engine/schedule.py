@@ -6,19 +6,23 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-from vlscale.config import Train
+from vlscale.config import Rate, Train
 from vlscale.errors import UserError
 
 
-def learning_rate(train: Train, step: int, total_steps: int) -> float:
+def learning_rate(rate: Rate, step: int, total_steps: int, steps_per_epoch: float) -> float:
     """Rate of the optimizer step that follows `step` finished ones.
 
-    Linear from `warmup_lr` to `lr` over `warmup_steps`, then a cosine to `min_lr` at `total_steps`.
+    Linear from `warmup_lr` to `lr` over `warmup_steps`; then a cosine to `min_lr` at `total_steps`, or, with `steps`,
+    `lr` divided by 10 from each of the `milestones` on.
     """
-    if step < train.warmup_steps:
-        return train.warmup_lr + (train.lr - train.warmup_lr) * step / train.warmup_steps
-    done = (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps)
-    return train.min_lr + 0.5 * (train.lr - train.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))
+    if step < rate.warmup_steps:
+        return rate.warmup_lr + (rate.lr - rate.warmup_lr) * step / rate.warmup_steps
+    if rate.schedule == "steps":
+        passed = sum(step >= round(milestone * steps_per_epoch) for milestone in rate.milestones)
+        return rate.lr / 10**passed
+    done = (step - rate.warmup_steps) / max(1, total_steps - rate.warmup_steps)
+    return rate.min_lr + 0.5 * (rate.lr - rate.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def total_steps(train: Train, steps_per_epoch: float) -> int:

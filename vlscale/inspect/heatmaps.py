@@ -1,4 +1,4 @@
-"""Charts of a codebook that images and texts share: usage, transport plans, agreement."""
+"""Charts of a codebook: usage, and where images and texts share it, transport plans and agreement."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 DPI = 110
 PLAN_SIZE = (11.0, 6.0)
@@ -19,24 +20,24 @@ MAX_LABELS = 32
 """Codes up to which each gets its number on the axis."""
 
 
+def usage_histogram(counts: np.ndarray, perplexity: float, path: Path) -> None:
+    """Patches of every code, sorted, on a log scale; counts [K]."""
+    figure = _figure(9.0, 3.2)
+    axes = figure.subplots()
+    _draw_usage(axes, counts, perplexity)
+    axes.set_xlabel("codes, most used first")
+    axes.set_ylabel("patches")
+    _save(figure, path)
+
+
 def usage_chart(counts: dict[str, np.ndarray], perplexity: dict[str, float], path: Path) -> None:
     """Uses of every code, sorted, on a log scale, one panel per kind; counts [K] each."""
     figure = _figure(11.0, 3.2)
     panels = figure.subplots(1, len(counts), squeeze=False)[0]
     for axes, (kind, values) in zip(panels, counts.items(), strict=True):
-        ordered = np.sort(values)[::-1]
-        used = int((ordered > 0).sum())
-        axes.bar(np.arange(used), ordered[:used], width=1.0, color="#3b6ea5")
-        if used < len(ordered):
-            axes.axvspan(used - 0.5, len(ordered) - 0.5, color="#f2c6c6", label=f"never chosen: {len(ordered) - used}")
-        label = f"perplexity: {perplexity[kind]:.1f}"
-        axes.axvline(perplexity[kind], color="#c2410c", linestyle="--", linewidth=1.2, label=label)
-        axes.set_yscale("log")
-        axes.set_xlim(-0.5, len(ordered) - 0.5)
+        _draw_usage(axes, values, perplexity[kind])
         axes.set_xlabel(f"codes, those most used by {kind} first")
         axes.set_ylabel(kind)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper right", facecolor="white", framealpha=1.0, edgecolor="none")
     _save(figure, path)
 
 
@@ -70,6 +71,23 @@ def agreement_chart(counts: np.ndarray, codes: np.ndarray, path: Path) -> None:
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(drawn, ax=axes, label="pairs", fraction=0.046, pad=0.02)
     _save(figure, path)
+
+
+def _draw_usage(axes: Axes, counts: np.ndarray, perplexity: float) -> None:
+    """Bars of the codes that are used, the range of those that are not, and the perplexity; counts [K]."""
+    ordered = np.sort(counts)[::-1]
+    size, used = len(ordered), int((ordered > 0).sum())
+    axes.bar(np.arange(used), ordered[:used], width=1.0, color="#3b6ea5")
+    if used < size:
+        axes.axvspan(used - 0.5, size - 0.5, color="#f2c6c6", label=f"never chosen: {size - used}")
+    axes.axvline(perplexity, color="#c2410c", linestyle="--", linewidth=1.2, label=f"perplexity: {perplexity:.1f}")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)  # a single use is seen too
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(-0.5 - 0.01 * size, size - 0.5)  # nor does the axis cover the first bar
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", facecolor="white", framealpha=1.0, edgecolor="none")
 
 
 def _label(axes: Axes, codes: np.ndarray, axis: Literal["x", "y"]) -> None:

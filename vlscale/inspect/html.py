@@ -17,13 +17,20 @@ figure img { border: 1px solid #e4e7eb; border-radius: 6px; background: #fff; }
 .numbers li { border: 1px solid #e4e7eb; border-radius: 8px; padding: .55rem 1rem; min-width: 7.5rem; }
 .numbers b { display: block; font-size: 1.35rem; font-weight: 600; }
 .numbers span { color: #687280; font-size: .85rem; }
-table { border-collapse: collapse; font-size: .92rem; } th { text-align: left; font-weight: 600; color: #4a5360; }
+table { border-collapse: collapse; font-size: .92rem; display: block; max-width: 100%; overflow-x: auto;
+  margin-bottom: .8rem; } th { text-align: left; font-weight: 600; color: #4a5360; }
 th, td { padding: .28rem 1rem .28rem 0; border-bottom: 1px solid #eceff2; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 a { color: #1f5fa8; }
+td .shares { display: inline-block; min-width: 18rem; }
 .faint { color: #7b8591; } .whole { white-space: nowrap; }
 details { margin: .8rem 0; } code { font-size: .9em; overflow-wrap: anywhere; }
 .chosen td { color: #222831; font-weight: 600; }
+.legend { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .35rem 1rem; padding: 0;
+  list-style: none; font-size: .92rem; font-variant-numeric: tabular-nums; }
+.legend i { display: inline-block; width: 1.05em; height: 1.05em; margin-right: .4em; vertical-align: -.15em;
+  border: 1px solid #0003; border-radius: 3px; }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 0 1.4rem; }
 .code { border-top: 1px solid #eceff2; padding-top: .4rem; }
 """
 
@@ -62,4 +69,4 @@ def word_shares(shares: Sequence[dict[str, Any]]) -> str:
         everywhere = f'<span class="faint">({100 * item["everywhere"]:.0f} %)</span>'
         return f'<span class="whole">{escape(item["tag"])} {100 * item["share"]:.0f} % {everywhere}</span>'
 
-    return ", ".join(map(one, shares))
+    return f'<span class="shares">{", ".join(map(one, shares))}</span>' if shares else ""

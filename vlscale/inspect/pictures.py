@@ -1,4 +1,4 @@
-"""Drawing: patches in their context, grids, labels, histograms. Arrays are uint8 [H, W, 3] unless said otherwise."""
+"""Drawing: patches in context, grids, labels, colours of codes. Arrays are uint8 [H, W, 3] unless said otherwise."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+from vlscale.inspect.cells import CutImage
 
 INK = (34, 40, 49)
 FAINT = (120, 128, 138)
@@ -28,7 +28,13 @@ def enlarge(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def window_of(grid: tuple[int, int], cell: int) -> tuple[slice, slice]:
+def fitted(pixels: np.ndarray, longest: int) -> np.ndarray:
+    """Enlarged or shrunk in its aspect ratio until its longer side is `longest`."""
+    height, width = (max(1, round(side * longest / max(pixels.shape[:2]))) for side in pixels.shape[:2])
+    return enlarge(pixels, height, width)
+
+
+def window_of(image: CutImage, cell: int) -> tuple[slice, slice]:
     """Rows and columns of cells around a cell: `REACH` on every side, moved inward at the image's border."""
 
     def span(place: int, length: int) -> slice:
@@ -36,44 +42,60 @@ def window_of(grid: tuple[int, int], cell: int) -> tuple[slice, slice]:
         start = min(max(0, place - REACH), length - size)
         return slice(start, start + size)
 
-    row, column = divmod(cell, grid[1])
-    return span(row, grid[0]), span(column, grid[1])
+    row, column = divmod(cell, image.columns)
+    rows, columns = image.shown()
+    return span(row, rows), span(column, columns)
 
 
-def patch_of(image: np.ndarray, grid: tuple[int, int], cell: int) -> np.ndarray:
-    """The patch of a cell, [p, p, 3]."""
-    height, width = image.shape[0] // grid[0], image.shape[1] // grid[1]
-    row, column = divmod(cell, grid[1])
-    return image[row * height : (row + 1) * height, column * width : (column + 1) * width]
+def patch_of(image: CutImage, cell: int) -> np.ndarray:
+    """The image's pixels in a cell, [h, w, 3]."""
+    return image.pixels[image.cell(cell)]
 
 
-def context_tile(image: np.ndarray, grid: tuple[int, int], cell: int, size: int) -> Image.Image:
-    """A patch outlined in its surroundings, size × size."""
-    height, width = image.shape[0] // grid[0], image.shape[1] // grid[1]
-    rows, columns = window_of(grid, cell)
-    crop = image[rows.start * height : rows.stop * height, columns.start * width : columns.stop * width]
-    tile = Image.fromarray(enlarge(crop, size, size))
-    row, column = divmod(cell, grid[1])
-    down, right = size / (rows.stop - rows.start), size / (columns.stop - columns.start)
-    top, left = (row - rows.start) * down, (column - columns.start) * right
-    corners = [round(left), round(top), round(left + right) - 1, round(top + down) - 1]
-    draw = ImageDraw.Draw(tile)
-    draw.rectangle([corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline=PAPER)
-    draw.rectangle(corners, outline=OUTLINE, width=2)
+def patch_tile(image: CutImage, cell: int, size: int) -> Image.Image:
+    """A patch alone, in the middle of size × size where it is not square."""
+    tile, _ = _tile(patch_of(image, cell), size)
     return tile
 
 
-def patch_pair(image: np.ndarray, grid: tuple[int, int], cell: int, size: int) -> Image.Image:
+def context_tile(image: CutImage, cell: int, size: int) -> Image.Image:
+    """A patch outlined in its surroundings, size × size."""
+    window, patch = image.rectangle(*window_of(image, cell)), image.cell(cell)
+    crop = image.pixels[window]
+    tile, start = _tile(crop, size)
+    longest = max(crop.shape[:2])
+
+    def corner(axis: int, place: int) -> int:
+        return start[axis] + round((place - window[axis].start) * size / longest)
+
+    top, bottom = corner(0, patch[0].start), corner(0, patch[0].stop) - 1
+    left, right = corner(1, patch[1].start), corner(1, patch[1].stop) - 1
+    draw = ImageDraw.Draw(tile)
+    draw.rectangle([left - 1, top - 1, right + 1, bottom + 1], outline=PAPER)
+    draw.rectangle([left, top, right, bottom], outline=OUTLINE, width=2)
+    return tile
+
+
+def _tile(crop: np.ndarray, size: int) -> tuple[Image.Image, tuple[int, int]]:
+    """A crop in the middle of size × size paper, and where it starts: (top, left)."""
+    inside = fitted(crop, size)
+    top, left = (size - inside.shape[0]) // 2, (size - inside.shape[1]) // 2
+    tile = Image.new("RGB", (size, size), PAPER)
+    tile.paste(Image.fromarray(inside), (left, top))
+    return tile, (top, left)
+
+
+def patch_pair(image: CutImage, cell: int, size: int) -> Image.Image:
     """The patch alone beside the patch in its surroundings, (2·size + 2) × size."""
     pair = Image.new("RGB", (2 * size + 2, size), PAPER)
-    pair.paste(Image.fromarray(enlarge(patch_of(image, grid, cell), size, size)), (0, 0))
-    pair.paste(context_tile(image, grid, cell, size), (size + 2, 0))
+    pair.paste(patch_tile(image, cell, size), (0, 0))
+    pair.paste(context_tile(image, cell, size), (size + 2, 0))
     return pair
 
 
 def grid_of(tiles: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
-    """Tiles of one size row by row on paper."""
-    width, height = tiles[0].size
+    """Tiles row by row on paper, each in the upper left of a place that the largest ones fill."""
+    width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
     rows = -(-len(tiles) // columns)
     columns = min(columns, len(tiles))
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), PAPER)
@@ -147,36 +169,34 @@ def code_colours(codes: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return (40 + 200 * rank / max(1, len(used))).clip(0, 255).astype(np.uint8)
 
 
-def code_map(image: np.ndarray, grid: tuple[int, int], colours: np.ndarray, size: int) -> Image.Image:
-    """The image beside its cells in the colours of their codes (image lightness shines through); colours [N, 3]."""
-    left = enlarge(image, size, size)
-    cells = Image.fromarray(colours.reshape(*grid, 3)).resize((size, size), Image.Resampling.NEAREST)
+def code_map(
+    image: CutImage, colours: np.ndarray, painted: np.ndarray, longest: int, strength: float = 0.8
+) -> Image.Image:
+    """The image beside its cells in the colours of their codes, through which the image's lightness shines.
+
+    Args:
+        colours: [N, 3] uint8, of every cell of the canvas.
+        painted: [N] bool; where false, the lightness alone is seen.
+        longest: length of the image's longer side, in pixels.
+        strength: share of the colours in the mix.
+    """
+    left = fitted(image.pixels, longest)
+    height, width = left.shape[:2]
+    rows, columns = (_cells_of(edges, side) for edges, side in zip(image.edges(), (height, width), strict=True))
+    cells = (rows[:, None] * image.columns + columns).astype(np.int64)  # [height, width]
     light = np.asarray(Image.fromarray(left).convert("L"), dtype=np.float32)[..., None]
-    right = (0.8 * np.asarray(cells, dtype=np.float32) + 0.2 * light).astype(np.uint8)
-    pair = Image.new("RGB", (2 * size + 3, size), PAPER)
+    mixed = np.float32(strength) * colours[cells].astype(np.float32) + np.float32(1 - strength) * light
+    right = np.where(painted[cells][..., None], mixed, light).astype(np.uint8)
+    pair = Image.new("RGB", (2 * width + 3, height), PAPER)
     pair.paste(Image.fromarray(left), (0, 0))
-    pair.paste(Image.fromarray(right), (size + 3, 0))
+    pair.paste(Image.fromarray(right), (width + 3, 0))
     return pair
 
 
-def usage_histogram(counts: np.ndarray, perplexity: float, path: Path) -> None:
-    """Uses of every code, sorted, on a log scale; counts [K]."""
-    ordered = np.sort(counts)[::-1]
-    used = int((ordered > 0).sum())
-    figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.bar(np.arange(used), ordered[:used], width=1.0, color="#3b6ea5")
-    if used < len(ordered):
-        axes.axvspan(used - 0.5, len(ordered) - 0.5, color="#f2c6c6", label=f"never chosen: {len(ordered) - used}")
-    axes.axvline(perplexity, color="#c2410c", linestyle="--", linewidth=1.2, label=f"perplexity: {perplexity:.1f}")
-    axes.set_yscale("log")
-    axes.set_xlim(-0.5, len(ordered) - 0.5)
-    axes.set_xlabel("codes, most used first")
-    axes.set_ylabel("patches")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", facecolor="white", framealpha=1.0, edgecolor="none")
-    figure.savefig(path, metadata={"Software": None})
+def _cells_of(edges: np.ndarray, length: int) -> np.ndarray:
+    """Row (or column) of the cell that every pixel of a picture of `length` shows, [length] int64."""
+    places = (np.arange(length) + 0.5) * edges[-1] / length
+    return np.searchsorted(edges, places, side="right") - 1
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vlscale.errors import UserError
-from vlscale.inspect import shared_page
-from vlscale.inspect.html import document, figure, table, word_shares
+from vlscale.inspect import patch_page, shared_page
+from vlscale.inspect.html import document, figure, table
 from vlscale.interop.layout import write_text
 
 PAGE = "index.html"
@@ -85,70 +85,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _codebook(name: str, section: dict[str, Any]) -> list[str]:
-    """One codebook: numbers, histogram, overview, table, examples, pages per code, dead codes."""
     if "agreement" in section:  # only where images and texts share the codes
         return shared_page.codebook(name, section)
-    size, dead = section["size"], section["dead"]
-    numbers = [
-        (f"{section['perplexity']:.1f}", "perplexity"),
-        (f"{section['entropy']:.2f}", "entropy, nats"),
-        (f"{size - len(dead)} of {size}", "codes in use"),
-        (f"{100 * len(dead) / size:.1f} %", "never chosen"),
-        (f"{section['codes_per_image']:.1f}", "different codes per image"),
-        (f"{section['patches']:,}", f"patches of {section['images']:,} images"),
-    ]
-    tiles = "".join(f"<li><b>{escape(value)}</b><span>{escape(what)}</span></li>" for value, what in numbers)
-    parts = [f"<h2>Codebook “{escape(name)}”</h2>", f'<ul class="numbers">{tiles}</ul>']
-    parts.append(
-        figure(section["histogram"], "How often each code is chosen, sorted, on a log scale.", "usage histogram")
-    )
-    if "overview" in section:
-        caption = "A random draw of the patches of each code, outlined in their surroundings; rows are codes."
-        parts += ["<h3>Codes at a glance</h3>", figure(section["overview"], caption, "overview of codes")]
-    parts += ["<h3>Codes, most used first</h3>", _code_table(section)]
-    if "examples" in section:
-        caption = (
-            "Held-out images and the codes of their cells. Similar codes have similar colours: the three main "
-            "directions of the codebook, as red, green and blue."
-        )
-        parts += ["<h3>Images as codes</h3>", figure(section["examples"], caption, "images as codes")]
-    drawn = [code for code in section["codes"] if "picture" in code]
-    if drawn:
-        parts += ["<h3>Patches of each code</h3>", "<p>Each patch alone, then outlined in its surroundings.</p>"]
-        parts += [_one_code(code) for code in drawn]
-    if dead:
-        listing = ", ".join(map(str, dead))
-        parts.append(
-            f"<details><summary>{len(dead)} codes that no patch chose</summary><code>{listing}</code></details>"
-        )
-    return parts
-
-
-def _code_table(section: dict[str, Any]) -> str:
-    tagged = any(code["tags"] for code in section["codes"])
-    worded = any(code["words"] for code in section["codes"])
-    header = ["code", "patches", "share"] + ["word: share (everywhere)"] * worded + ["tag: share (everywhere)"] * tagged
-    rows = []
-    for code in section["codes"]:
-        label = f'<a href="#code-{code["code"]}">{code["code"]}</a>' if "picture" in code else str(code["code"])
-        row = [label, f"{code['count']:,}", f"{100 * code['share']:.2f} %"]
-        rows.append(row + [word_shares(code["words"])] * worded + [word_shares(code["tags"])] * tagged)
-    note = (
-        "<p>In whose boxes the centres of a code's patches fall (the smallest box that holds them) more often than "
-        "patches do everywhere; the largest excess first.</p>"
-    )
-    return (note if tagged else "") + table(header, rows, [True, True, True, False, False][: len(header)])
-
-
-def _one_code(code: dict[str, Any]) -> str:
-    caption = f"{code['count']:,} patches, {100 * code['share']:.2f} % of all, in {code['images']:,} images"
-    shares = word_shares(code["words"] or code["tags"])
-    return (
-        f'<section class="code" id="code-{code["code"]}"><h3>Code {code["code"]}</h3>'
-        + figure(code["picture"], caption, f"patches of code {code['code']}")
-        + (f"<p>{shares}</p>" if shares else "")
-        + "</section>"
-    )
+    return patch_page.codebook(name, section)
 
 
 def _reconstructions(pictures: dict[str, Any]) -> list[str]:

@@ -18,7 +18,8 @@ from vlscale.codebooks.protocol import Codebook
 from vlscale.data.sample import Batch, Sample
 from vlscale.data.text import TextTokenizer, clean_caption
 from vlscale.errors import UserError
-from vlscale.inspect.usage import SEED, TagShare, Usage, normalized_batches, usage_of
+from vlscale.inspect.tags import TagShare
+from vlscale.inspect.usage import SEED, Usage, normalized_batches, usage_of
 from vlscale.interop.run import Run
 from vlscale.systems.protocol import System
 

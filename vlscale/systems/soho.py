@@ -81,7 +81,7 @@ class Soho(nn.Module):
     def after_step(self, progress: Progress, writer: ParameterWriter) -> None:
         """Move the dictionary (`update: paper`), and let all ranks have the same BatchNorm statistics."""
         if self.neck.dictionary is not None:
-            self.neck.dictionary.after_step(progress.step + 1)
+            self.neck.dictionary.after_step(progress.step + 1, progress.fraction)
         distributed.average([buffer for buffer in _running_statistics(self) if buffer.is_floating_point()])
 
     def rest(self, progress: Progress) -> bool:
@@ -136,7 +136,8 @@ class Soho(nn.Module):
 
     def _predict_words(self, states: Tensor, labels: Tensor, losses: Scalars, metrics: Scalars) -> None:
         """MLM by the word table itself, without transform or bias, as in the release."""
-        capacity = masking.masking_capacity(*labels.shape, self.config.mlm_probability)
+        batch, length = labels.shape
+        capacity = masking.masking_capacity(batch, length, self.config.mlm_probability)
         rows = masking.gather_masked(states, labels, capacity)
         logits = self.word_logits(rows.states)  # [C, V]
         losses["mlm"] = masking.mlm_loss(logits, rows.labels)
