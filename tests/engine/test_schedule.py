@@ -64,13 +64,13 @@ def test_the_global_batch_is_split_over_ranks_and_passes() -> None:
     assert batch_plan(Train(global_batch=64), 2).micro_batch == 32
     plan = batch_plan(Train(global_batch=64, micro_batch=8), 2)
     assert (plan.accumulation, plan.micro_batch * plan.world * plan.accumulation) == (4, 64)
-    assert str(plan) == "64 pairs per step = 8 per rank and pass × 2 ranks × 4 accumulated"
+    assert str(plan) == "64 images per step = 8 per rank and pass × 2 ranks × 4 accumulated"
 
 
 def test_an_indivisible_batch_prints_the_arithmetic() -> None:
     with pytest.raises(UserError, match=r"100 is not a multiple of micro_batch × ranks = 16 × 2 = 32"):
         batch_plan(Train(global_batch=100, micro_batch=16), 2)
-    with pytest.raises(UserError, match=r"100 over 3 ranks leaves 1 pairs: take a multiple of 3, such as 99"):
+    with pytest.raises(UserError, match=r"100 over 3 ranks leaves 1 images: take a multiple of 3, such as 99"):
         batch_plan(Train(global_batch=100), 3)
 
 

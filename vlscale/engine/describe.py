@@ -39,7 +39,7 @@ def describe(recipe: Recipe, ds_config: str, world: int) -> dict[str, Any]:
         "deepspeed": choice.reason,
         "parameters": parameters,
         "batch": {
-            "pairs per step (global_batch)": plan.global_batch,
+            "images per step (global_batch)": plan.global_batch,
             "pairs per rank and pass (micro_batch)": plan.micro_batch,
             "ranks": plan.world,
             "passes accumulated": plan.accumulation,

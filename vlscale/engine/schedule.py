@@ -45,7 +45,7 @@ class BatchPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.global_batch} pairs per step = {self.micro_batch} per rank and pass "
+            f"{self.global_batch} images per step = {self.micro_batch} per rank and pass "
             f"× {self.world} ranks × {self.accumulation} accumulated"
         )
 
@@ -60,7 +60,7 @@ def batch_plan(train: Train, world: int) -> BatchPlan:
     if train.micro_batch is None:
         if total % world:
             raise UserError(
-                f"train.global_batch={total} over {world} ranks leaves {total % world} pairs: "
+                f"train.global_batch={total} over {world} ranks leaves {total % world} images: "
                 f"take a multiple of {world}, such as {total - total % world or world}"
             )
         return BatchPlan(total, total // world, world, 1)
