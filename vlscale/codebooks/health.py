@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
@@ -45,7 +47,9 @@ def kmeans(features: Tensor, size: int, seed: int) -> Tensor:
     if len(points) < size:
         points = points[rng.integers(len(points), size=size)]
         points = points + 1e-3 * points.std() * rng.standard_normal(points.shape).astype(np.float32)
-    centres, _ = kmeans2(points, size, iter=KMEANS_ITERATIONS, minit="points", missing="warn", rng=rng)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty")  # it stays where it is: on a feature
+        centres, _ = kmeans2(points, size, iter=KMEANS_ITERATIONS, minit="points", missing="warn", rng=rng)
     return torch.from_numpy(np.ascontiguousarray(centres, dtype=np.float32)).to(features.device)
 
 
