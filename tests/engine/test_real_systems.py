@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.engine.conftest import rows
 from tests.engine.toy import toy_recipe, write_data
@@ -46,13 +47,38 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 
 
+# Shapes that are sorted and padded, four texts an image, SGD for a backbone that wakes at step 5, k-means at step 6.
+SOHO: dict[str, Any] = {
+    "system": {
+        "name": "soho",
+        "backbone": {
+            "model": "resnet18",
+            "overrides": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "output_stride": 8},
+            "frozen_stages": 1,
+            "freeze_epochs": 1.6,
+        },
+        "neck": {"kind": "gated"},
+        "dictionary": {"size": 12, "init": "kmeans", "init_step": 6, "revive_after": 2, "revive_until": 1.0},
+        "text": {"width": 32, "heads": 2, "intermediate": 64, "layers": 1, "max_positions": 32, "dropout": 0.1},
+    },
+    "data__aspect": {"short": 32, "long": 64, "multiple": 16, "window": 16},
+    "data__texts": {"positive": 2, "negative": 2},
+    "train__backbone": {"lr": 0.1, "warmup_steps": 2, "schedule": "steps", "milestones": [3]},
+}
+
+
 def small_recipe(folder: Path, name: str) -> Recipe:
+    data = write_data(folder / "data")
+    for path in sorted(data.parent.glob("*.png"))[::3]:
+        with Image.open(path) as image:
+            image.resize((12, 8)).save(path)
     changes = {"data__image_size": 32, "train__max_steps": 12, "checkpoint__every": 4}
-    return toy_recipe(write_data(folder / "data"), system={**SMALL, **SYSTEMS[name]}, **changes)
+    changes |= SOHO if name == "soho" else {"system": {**SMALL, **SYSTEMS[name]}}
+    return toy_recipe(data, **changes)
 
 
 @pytest.mark.parametrize("cut", [4, 7])
-@pytest.mark.parametrize("name", list(SYSTEMS))
+@pytest.mark.parametrize("name", [*SYSTEMS, "soho"])
 def test_resume_is_exact(group: None, tmp_path: Path, name: str, cut: int) -> None:
     recipe, threads = small_recipe(tmp_path, name), torch.get_num_threads()
     run: Callable[..., Any] = lambda out, **options: loop.pretrain(  # noqa: E731
@@ -69,6 +95,8 @@ def test_resume_is_exact(group: None, tmp_path: Path, name: str, cut: int) -> No
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             assert torch.equal(value, theirs[key]), key
-    assert rows(tmp_path / "parts")[-1]["skipped_steps"] == 0
+    last = rows(tmp_path / "parts")[-1]
+    assert last["skipped_steps"] == 0
+    assert ("lr_backbone" in last) is (name == "soho")
     loaded = load_run(tmp_path / "parts", "cpu")
     assert loaded.step == 12
