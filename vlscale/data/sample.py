@@ -105,6 +105,8 @@ class Sample:
     phrases: tuple[Phrase, ...] = ()
     questions: tuple[Question, ...] = ()
     statements: tuple[Statement, ...] = ()
+    regions: TarMember | None = None
+    """The image's regions, see `vlscale.data.regions`; None where there are none."""
     second: ImageFile | None = None
     """The right image of a pair; `image` is the left one."""
     aliases: tuple[str, ...] = ()
