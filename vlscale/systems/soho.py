@@ -6,6 +6,7 @@ Losses: MLM, MVM (section 3.3: the dictionary's index of masked cells) and ITM. 
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from vlscale.nn.joint import JointEncoder, load_joint
 from vlscale.nn.writer import ParameterWriter
 from vlscale.objectives import masking, matching, visual_masking
 from vlscale.systems.protocol import Cells, Choices, Codebook, ImageStates, Progress, StepOutput, TextStates
+
+_log = logging.getLogger(__name__)
 
 Scalars = dict[str, Tensor]
 
@@ -224,9 +227,14 @@ class Soho(nn.Module):
             self.neck.dictionary.tracker.load_state({k.removeprefix("dictionary."): v for k, v in state.items()})
 
     def place(self, device: torch.device) -> None:
-        """Move the carried state to `device`."""
+        """Move the carried state to `device`; over several GPUs the neck's BatchNorm takes all ranks' statistics."""
         if self.neck.dictionary is not None:
             self.neck.dictionary.tracker.place(device)
+        if distributed.world_size() > 1 and self.config.neck.kind != "code":
+            if device.type == "cuda":
+                self.neck = nn.SyncBatchNorm.convert_sync_batchnorm(self.neck)
+            else:
+                _log.warning("system.neck: BatchNorm sees each rank's own images: torch synchronises it on GPUs only")
 
     def no_weight_decay(self) -> set[str]:
         """The position table."""
