@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 
 from vlscale.config.bert import Bert
 from vlscale.config.section import Section, Share
+from vlscale.config.upkeep import Upkeep
 
 
 class Backbone(Section):
@@ -35,8 +36,9 @@ class Neck(Section):
     """Repeat each map once per text before the neck: BatchNorm and dictionary count it so often, as in the release."""
 
 
-class Dictionary(Section):
-    """The visual dictionary (section 3.2)."""
+class Dictionary(Upkeep):
+    """The visual dictionary (section 3.2). The paper starts from random codes, few of which are ever nearest to a
+    feature, and revives none."""
 
     use: bool = True
     """Without it the features themselves are the tokens, and there is no MVM (Table 7's first row)."""
@@ -47,14 +49,6 @@ class Dictionary(Section):
     """Momentum of eq. 4."""
     decay: Share = 0.4
     """Momentum of the release's counts and sums."""
-    init: Literal["kmeans", "random"] = "random"
-    """`random` is the paper's; few of the random codes are ever nearest to a feature."""
-    init_step: PositiveInt = 100
-    """Step after which k-means of its batch's features replaces the random codes."""
-    revive_after: NonNegativeInt = 0
-    """A code unused for so many steps is re-seeded from a feature of the batch; 0, the paper's, switches it off."""
-    revive_until: Share = 0.7
-    """Share of the steps after which no code is revived any more."""
 
     @model_validator(mode="after")
     def _release_has_no_upkeep(self) -> Dictionary:

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from vlscale.config.bert import Bert
 from vlscale.config.section import PositiveShare, Section, Share
 from vlscale.config.soho import SohoSystem
+from vlscale.config.upkeep import Upkeep
 
 
 class Vision(Section):
@@ -38,7 +39,7 @@ class Teacher(Section):
     """Weight of the teacher's targets; rises linearly from 0 over epoch 0."""
 
 
-class CodebookOptions(Section):
+class CodebookOptions(Upkeep):
     """CB-ViLA's codebook (paper, eq. 1 and 3) and its health."""
 
     size: PositiveInt = 3072
@@ -52,12 +53,7 @@ class CodebookOptions(Section):
     tau_until: PositiveShare = 0.8
     """… reached after this share of the steps."""
     init: Literal["kmeans", "random"] = "kmeans"
-    init_step: PositiveInt = 100
-    """Step after which k-means of its batch's features replaces the random codes."""
     revive_after: NonNegativeInt = 100
-    """A code unused for so many steps is re-seeded from a feature of the batch; 0 switches revival off."""
-    revive_until: Share = 0.7
-    """Share of the steps after which no code is revived any more: revival moves MIM's targets."""
 
 
 class MimOptions(Section):
@@ -89,8 +85,9 @@ class TransportOptions(Section):
     """Spread the features of all ranks evenly over the codes, or each rank's own."""
 
 
-class PrototypeOptions(Section):
-    """CODIS's codebook, shared by both modalities (slides, part 1)."""
+class PrototypeOptions(Upkeep):
+    """CODIS's codebook, shared by both modalities (slides, part 1). No revival: the transport gives every code its
+    share."""
 
     size: PositiveInt = 4000
     temperature: PositiveFloat = 0.1
@@ -98,14 +95,6 @@ class PrototypeOptions(Section):
     feature: Literal["teacher", "student"] = "teacher"
     """Whose features are transported."""
     transport: TransportOptions = Field(default_factory=TransportOptions)
-    init: Literal["kmeans", "random"] = "random"
-    init_step: PositiveInt = 100
-    """Step after which k-means of its batch's features replaces the random codes."""
-    revive_after: NonNegativeInt = 0
-    """A code unused for so many steps is re-seeded from a feature of the batch; 0 switches revival off: the transport
-    gives every code its share."""
-    revive_until: Share = 0.7
-    """Share of the steps after which no code is revived any more."""
 
 
 class AlignOptions(Section):
