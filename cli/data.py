@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .regions import extract
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -29,6 +31,7 @@ ImageRootOption = Annotated[
 ]
 
 app = typer.Typer(help="Make and check data sets.", no_args_is_help=True, rich_markup_mode=None)
+app.command("regions")(extract)
 
 
 @app.command()
@@ -136,12 +139,14 @@ def show(
     split: Annotated[str | None, typer.Option(help="Split to show; default: all.")] = None,
     count: Annotated[int, typer.Option(min=1, max=200, help="Samples on the sheet.")] = 24,
     seed: Annotated[int | None, typer.Option(help="Choose them at random; default: spread evenly.")] = None,
+    regions: Annotated[bool, typer.Option("--regions", help="Draw the regions instead of the data's boxes.")] = False,
     image_root: ImageRootOption = None,
 ) -> None:
-    """Draw a contact sheet: images with their captions, boxes, questions and statements."""
+    """Draw a contact sheet: images with their captions, boxes or regions, questions and statements."""
     from vlscale.data.sheet import contact_sheet
 
-    print(contact_sheet(source, out, split, count, seed, None if image_root is None else str(image_root)))
+    root = None if image_root is None else str(image_root)
+    print(contact_sheet(source, out, split, count, seed, root, regions=regions))
 
 
 @app.command()

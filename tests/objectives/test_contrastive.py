@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlscale import distributed
 from vlscale.objectives.contrastive import (
     clamped_temperature,
     count_nonfinite,
@@ -20,6 +21,7 @@ from vlscale.objectives.contrastive import (
     retrieval_accuracy,
     smoothed_targets,
     soft_cross_entropy,
+    vsc,
 )
 
 IDS = torch.tensor([7, 3, 7, 5, 3, 9])
@@ -149,3 +151,36 @@ def test_two_ranks_have_the_gradient_of_the_global_batch(tmp_path: Path) -> None
     averaged = torch.load(tmp_path / "averaged.pt", weights_only=True)
     for two, one in zip(averaged, _gradients(slice(None)), strict=True):
         assert torch.allclose(two, one, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_vsc_against_loops(gather: bool) -> None:
+    images, texts = features()
+    scale = torch.tensor(math.log(1 / 0.07), requires_grad=True)
+    contrast = vsc(images, texts, scale, IDS, gather)
+    assert float(contrast.loss.detach()) == pytest.approx(slow_itc(images, texts, 0.07, IDS.tolist()), rel=1e-5)
+    assert torch.allclose(contrast.sim_t2i, texts @ images.T / 0.07, atol=1e-5)
+    assert torch.allclose(contrast.sim_i2t, contrast.sim_t2i.T)
+    contrast.loss.backward()
+    step = 1e-2
+    up, down = (slow_itc(images, texts, 0.07 * math.exp(-sign * step), IDS.tolist()) for sign in (1, -1))
+    assert float(scale.grad) == pytest.approx((up - down) / (2 * step), rel=1e-3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("scale", "temperature"), [(math.log(1e5), 0.001), (0.0, 0.5)])
+def test_vsc_keeps_the_temperature_in_range(scale: float, temperature: float) -> None:
+    images, texts = features()
+    bounded = vsc(images, texts, torch.tensor(scale), IDS)
+    assert torch.allclose(bounded.sim_i2t, images @ texts.T / temperature, rtol=1e-4)
+
+
+def test_vsc_of_the_local_batch_calls_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: Tensor) -> Tensor:
+        raise AssertionError("a collective")
+
+    monkeypatch.setattr(distributed, "gather", refuse)
+    monkeypatch.setattr(distributed, "gather_with_grad", refuse)
+    images, texts = features()
+    vsc(images, texts, torch.tensor(2.0), IDS, gather=False)
+    with pytest.raises(AssertionError, match="collective"):
+        vsc(images, texts, torch.tensor(2.0), IDS, gather=True)

@@ -10,6 +10,13 @@ import torch
 from vlscale.objectives.matching import (
     chosen_negatives,
     draw_negatives,
+    draw_order,
+    half_accuracy,
+    half_and_half,
+    half_labels,
+    half_loss,
+    half_valid_rows,
+    hardest_negatives,
     itm_accuracy,
     itm_labels,
     itm_loss,
@@ -91,3 +98,62 @@ def test_a_pair_without_negatives_is_left_out_whole() -> None:
     negatives = chosen_negatives(torch.tensor([1, 2, 0]), torch.tensor([2, 0, 0]), ids)
     assert negatives.images_valid.tolist() == [True, False, True]
     assert valid_rows(negatives).tolist() == [True, False, True, True, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_half_get_a_wrong_image_and_half_a_wrong_text(size: int) -> None:
+    ids, order = torch.arange(size), draw_order(size, torch.device("cpu"), generator(1))
+    assert order.sort().values.tolist() == list(range(size))
+    drawn = draw_negatives(torch.zeros(size, size), torch.zeros(size, size), ids, generator())
+    half = half_and_half(drawn, order)
+    for row, pair in enumerate(order.tolist()):
+        wrong_image = row < size // 2
+        expected = (pair, int(drawn.images[pair])) if wrong_image else (int(drawn.texts[pair]), pair)
+        assert (int(half.texts[row]), int(half.images[row])) == expected
+    assert half.with_wrong_image == size // 2
+    assert (half.texts != half.images).all()
+    assert half_valid_rows(half).all()
+
+
+def test_hardest_negatives_are_of_another_image() -> None:
+    ids = torch.tensor([0, 1, 0, 2])
+    sim_t2i, sim_i2t = torch.randn(4, 4, generator=generator(1)), torch.randn(4, 4, generator=generator(2))
+    hardest = hardest_negatives(sim_t2i, sim_i2t, ids)
+    for b in range(4):
+        others = [c for c in range(4) if ids[c] != ids[b]]
+        assert int(hardest.images[b]) == max(others, key=lambda c: float(sim_t2i[b, c]))
+        assert int(hardest.texts[b]) == max(others, key=lambda c: float(sim_i2t[b, c]))
+    alone = hardest_negatives(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([5]))
+    assert not alone.images_valid.any()
+
+
+def test_half_loss_leaves_out_pairs_without_a_negative() -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    negatives = chosen_negatives(torch.tensor([1, 0, 3, 0]), torch.tensor([1, 1, 0, 0]), torch.tensor([0, 1, 2, 3]))
+    half = half_and_half(negatives, order)
+    assert half.valid.tolist() == [True, True, True, False]  # the text chosen for pair 1 is its own
+    valid = half_valid_rows(half)
+    assert valid.tolist() == [True, False, True, True, True, True, True, False]
+    logits = torch.randn(8, 2, generator=generator())
+    labels = half_labels(8, logits.device)
+    assert labels.tolist() == [1] * 4 + [0] * 4
+    losses, right = [], []
+    for row in range(8):
+        if valid[row]:
+            scores = [math.exp(float(value)) for value in logits[row]]
+            losses.append(-math.log(scores[int(labels[row])] / sum(scores)))
+            right.append((scores[1] > scores[0]) == bool(labels[row]))
+    assert float(half_loss(logits, valid)) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert float(half_accuracy(logits, valid)) == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize("ids", [[4], [4, 4, 4]])
+def test_half_loss_of_a_batch_without_another_image_is_zero(ids: list[int]) -> None:
+    size = len(ids)
+    drawn = draw_negatives(torch.zeros(size, size), torch.zeros(size, size), torch.tensor(ids), generator())
+    half = half_and_half(drawn, draw_order(size, torch.device("cpu"), generator()))
+    logits = torch.randn(2 * size, 2, requires_grad=True)
+    loss = half_loss(logits, half_valid_rows(half))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not logits.grad.any()  # type: ignore[union-attr]

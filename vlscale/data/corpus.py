@@ -8,6 +8,7 @@ from abc import abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -247,13 +248,14 @@ class _Packed(Sequence[Sample]):
 def _pack(sample: Sample) -> bytes:
     row = to_record(sample)
     row["image"], row["second"] = _place(sample.image), sample.second and _place(sample.second)
-    return json.dumps(row).encode()
+    return json.dumps([row, sample.regions and _place(sample.regions)]).encode()
 
 
 def _unpack(line: bytes) -> Sample:
-    row = json.loads(line)
+    row, regions = json.loads(line)
     second = row["second"] and _file(row["second"])
-    return from_record(row, "", _file(row["image"]), second)
+    sample = from_record(row, "", _file(row["image"]), second)
+    return replace(sample, regions=TarMember(*regions)) if regions else sample
 
 
 def _place(file: ImageFile) -> str | list[str | int]:

@@ -7,6 +7,7 @@ it is read without trusting it.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,10 @@ MIN_CONFIDENCE = 0.2
 """Of a region whose label becomes a tag."""
 MEMBER = "regions.safetensors"
 """Ending of the file beside an image in a shard."""
+SOURCE_TAGS = "source_tags"
+"""Key of `Sample.extra`: boxes, tags and confidences that the data had before a detector's took their place."""
+LARGEST = 64 << 20
+"""Bytes of such a file; a larger one is refused before it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +102,40 @@ def unpack(content: bytes) -> Regions:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         tags = json.loads(header["__metadata__"]["tags"])
         features, boxes, confidences = tensors["features"], tensors["boxes"], tensors["confidences"]
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        count = len(boxes)
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise SampleError(f"regions: not a file of regions ({type(error).__name__}: {error})") from None
-    count = len(boxes)
     named = isinstance(tags, list) and len(tags) == count and all(isinstance(tag, str) for tag in tags)
     if features.ndim != 2 or boxes.shape != (count, 4) or confidences.shape != (count,) or len(features) != count:
         raise SampleError("regions: features, boxes and confidences are of different lengths")
     if not named:
         raise SampleError(f"regions: expected {count} tags")
     return Regions(features.half(), boxes.float(), confidences.float(), tuple(tags))
+
+
+def read_regions(sample: Sample) -> Regions | None:
+    """The regions that lie beside the sample's image; None where there are none.
+
+    Raises:
+        SampleError: they can't be read, are larger than LARGEST, or are no regions.
+    """
+    member = sample.regions
+    if member is None:
+        return None
+    if member.length > LARGEST:
+        raise SampleError(f"{member}: {member.length:,} bytes, more than {LARGEST:,}")
+    try:
+        return unpack(member.read())
+    except OSError as error:
+        raise SampleError(f"{member}: can't be read ({error.strerror or error})") from None
+
+
+def problems(regions: Regions) -> Iterator[str]:
+    """What would spoil a training on them, a line each."""
+    if not regions.features.isfinite().all():
+        yield "regions: features that are not finite"
+    left, top, right, bottom = regions.boxes.unbind(1)
+    if not ((left >= 0) & (left <= right) & (right <= 1) & (top >= 0) & (top <= bottom) & (bottom <= 1)).all():
+        yield "regions: expected boxes of 0 <= x1 <= x2 <= 1 and the same for y (shares of the image)"
+    if not ((regions.confidences >= 0) & (regions.confidences <= 1)).all():
+        yield "regions: expected confidences in [0, 1]"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vlscale.data.shards import ShardEntry, index_path, read_manifest
-from vlscale.data.tar_index import index_tar
+from vlscale.data.tar_index import index_tar, same_rows
 
 
 def check_shards(folder: Path, on_progress: Callable[[str, int, int], None] | None = None) -> list[str]:
@@ -51,7 +51,7 @@ def _check(path: Path, entry: ShardEntry) -> list[str]:
         stored = np.load(index_path(path), allow_pickle=False)
     except (OSError, ValueError, tarfile.TarError) as error:
         return [f"{index_path(path)}: the index can't be read ({error})"]
-    if not np.array_equal(rows, stored):
+    if not same_rows(rows, stored):
         problems.append(f"{index_path(path)}: the index does not fit the tar")
     captions = rows["captions"]
     for name, found in (

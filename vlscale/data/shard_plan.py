@@ -11,7 +11,8 @@ from pathlib import Path
 from vlscale.data.open import load_sources
 from vlscale.data.recipe import excluded_aliases, kept
 from vlscale.data.sample import Sample
-from vlscale.data.shard_writer import Plan
+from vlscale.data.shard_writer import REGIONS, Plan
+from vlscale.data.shards import read_manifest
 from vlscale.data.sources.base import FILE_KEYS, Notes, Source
 from vlscale.data.sources.registry import read_source
 from vlscale.errors import UserError
@@ -50,7 +51,7 @@ def plan_shards(
     for split in splits:
         if not re.fullmatch(r"[\w-]+", split):
             raise UserError(f"split {split!r}: shards are named by it; use letters, digits, - and _, or split=NAME")
-    described: list[dict[str, object]] = [{"source": source.spec(), "sha256": _digests(source)} for source in sources]
+    described: list[dict[str, object]] = [_described(source) for source in sources]
     # Images that come or go between two runs move the samples: an interrupted writing must not go on then.
     described.append({"samples": splits.total(), "sha256 of their ids": identity})
     if excluded:
@@ -90,6 +91,12 @@ def _first_pass(sources: Sequence[Source], excluded: frozenset[str]) -> tuple[Co
         hint = f"none of their {len(missing)} images is there, first: {missing[0]}" if missing else "they are empty"
         raise UserError(f"{', '.join(map(str, sources))}: no sample: {hint}; check the paths and images=")
     return splits, missing, digest.hexdigest()
+
+
+def _described(source: Source) -> dict[str, object]:
+    """What the manifest says of the source; of shards with regions also what found them."""
+    found = read_manifest(Path(source.path)).options.get(REGIONS) if source.format == "shards" else None
+    return {"source": source.spec(), "sha256": _digests(source)} | ({REGIONS: found} if found else {})
 
 
 def _digests(source: Source) -> dict[str, str]:

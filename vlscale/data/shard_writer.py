@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from webdataset import TarWriter
 
-from vlscale.data.images import ImageError, load_image
-from vlscale.data.records import to_record
-from vlscale.data.sample import ImageFile, Sample, TarMember
+from vlscale.data.sample import Sample
+from vlscale.data.sample_files import Annotator, Encoded, encoded_samples
 from vlscale.data.shards import (
     FORMAT,
     MANIFEST,
@@ -37,14 +33,12 @@ from vlscale.data.tar_index import index_tar
 from vlscale.errors import UserError
 
 LEFT_OUT = "left_out.txt"
+REGIONS = "regions"
+"""Key of a manifest's options: how its regions were found."""
 _PROGRESS = ".progress.jsonl"
 """Options of an unfinished writing, then a line per finished shard."""
-_BLOCK = 512
 _TAR_END = 10240
 """What closing a tar adds at most."""
-_CHUNK = 64
-_QUALITY = 95
-_ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
 Report = Callable[[str, int], None]
 
@@ -61,21 +55,14 @@ class Plan:
     """Largest tar in bytes; a single sample may be larger."""
     resize: int | None = None
     """Shrink images to this shorter side; smaller ones, and all without it, keep their bytes."""
+    annotator: Annotator | None = None
+    """Finds regions to lie beside the images; None: those that the samples have already."""
+    batch: int = 1
+    """Samples that the annotator is given at once. Not among the options: who ran out of memory may go on with less."""
 
     def options(self) -> dict[str, object]:
-        return {"max_size": self.max_size, "resize": self.resize}
-
-
-@dataclass(slots=True)
-class _Encoded:
-    """A sample's files, or why it has none."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    captions: int = 0
-    error: str = ""
-
-    def size(self) -> int:
-        return sum(_BLOCK + -(-len(content) // _BLOCK) * _BLOCK for content in self.files.values())
+        found = {} if self.annotator is None else {REGIONS: self.annotator.options()}
+        return {"max_size": self.max_size, "resize": self.resize, **found}
 
 
 @dataclass(slots=True)
@@ -120,9 +107,32 @@ def _finished(plan: Plan, out: Path) -> Manifest | None:
         return None
     if is_shards(out):
         manifest = read_manifest(out)
-        if manifest.sources == _plain(plan.sources) and manifest.options == plan.options():
+        here = {"sources": _plain(plan.sources), "options": _plain(plan.options())}
+        there = {"sources": manifest.sources, "options": manifest.options}
+        if there == here:
             return manifest
+        raise UserError(
+            f"{out}: holds a {MANIFEST} of something else{_difference(there, here)}; choose another --out, or remove "
+            "the folder"
+        )
     raise UserError(f"{out}: holds a {MANIFEST} of something else; choose another --out, or remove the folder")
+
+
+def _difference(there: Any, here: Any, name: str = "") -> str:
+    """The first value of two trees of options that differs: ` (options.resize: 32 there, 64 now)`; empty: none does."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        inside = (
+            _difference(there.get(key), here.get(key), f"{name}.{key}" if name else key) for key in {**there, **here}
+        )
+        return next(filter(None, inside), "")
+    if there == here or isinstance(there, list) or isinstance(here, list):
+        return ""
+    return f" ({name}: {_short(there)} there, {_short(here)} now)"
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _plain(tree: Any) -> Any:
@@ -174,8 +184,8 @@ class _Progress:
             return False
         if rows[0] != head:
             raise UserError(
-                f"{self.out}: holds unfinished shards of other sources or options, or other images are there by now; "
-                "use the same again, or another --out"
+                f"{self.out}: holds unfinished shards of other sources or options, or other images are there by now"
+                f"{_difference(rows[0], head)}; use the same again, or another --out"
             )
         for row in rows[1:]:
             self.done.append(_Done(ShardEntry(**row["entry"]), row["consumed"], row["left_out"]))
@@ -191,9 +201,13 @@ def _write_split(plan: Plan, split: str, progress: _Progress, workers: int, repo
     before = progress.of(split)
     consumed = before[-1].consumed if before else 0
     number, key = len(before), sum(done.entry.samples for done in before)
-    samples = islice((sample for sample in plan.read() if sample.split == split), consumed, None)
+    # What is found in an image may depend, in the last digit, on the batch it came in: batches are cut where they are
+    # in a writing without interruption.
+    again = consumed % plan.batch
+    samples = islice((sample for sample in plan.read() if sample.split == split), consumed - again, None)
+    files = encoded_samples(samples, plan.resize, workers, plan.annotator, plan.batch)
     shard: _Shard | None = None
-    for sample, encoded in _encoded(samples, plan.resize, workers):
+    for sample, encoded in islice(files, again, None):
         if shard is not None and shard.size + encoded.size() + _TAR_END > plan.max_size and shard.entries:
             progress.add(shard.close(consumed))
             number, shard = number + 1, None
@@ -222,7 +236,7 @@ class _Shard:
         self.size = self.entries = self.captioned = self.captions = 0
         self.left_out: list[str] = []
 
-    def add(self, key: str, encoded: _Encoded) -> None:
+    def add(self, key: str, encoded: Encoded) -> None:
         self.tar.write({"__key__": key, **encoded.files})
         self.size += encoded.size()
         self.entries += 1
@@ -253,51 +267,6 @@ class _Shard:
             sha256=digest,
         )
         return _Done(entry, consumed, self.left_out)
-
-
-def _encoded(samples: Iterator[Sample], resize: int | None, workers: int) -> Iterator[tuple[Sample, _Encoded]]:
-    """Samples with their files, in order. Threads: reading, decoding and encoding let go of the interpreter."""
-    with ThreadPoolExecutor(workers) as pool:
-        while chunk := list(islice(samples, _CHUNK)):
-            yield from zip(chunk, pool.map(lambda sample: _encode(sample, resize), chunk), strict=True)
-
-
-def _encode(sample: Sample, resize: int | None) -> _Encoded:
-    try:
-        files = dict([_picture(sample.image, resize)])
-        if sample.second is not None:
-            ending, content = _picture(sample.second, resize)
-            files[f"second.{ending}"] = content
-    except ImageError as error:
-        return _Encoded(error=str(error))
-    record = json.dumps(to_record(sample), ensure_ascii=False, separators=(",", ":"))
-    files["json"] = record.encode("utf-8", "surrogatepass")
-    captions = sum(1 for caption in sample.captions if caption.strip())
-    return _Encoded(files, captions)
-
-
-def _picture(file: ImageFile, resize: int | None) -> tuple[str, bytes]:
-    """Ending and bytes: as they are, or shrunk to `resize` on the shorter side. Decodes everything once.
-
-    Raises:
-        ImageError: it can't be used.
-    """
-    image = load_image(file)  # upright RGB; whoever trains on the shard shall not be the first to find it broken
-    if resize is not None and min(image.size) > resize:
-        scale = resize / min(image.size)
-        size = (max(resize, round(image.width * scale)), max(resize, round(image.height * scale)))
-        smaller = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-        buffer = io.BytesIO()
-        smaller.save(buffer, format="JPEG", quality=_QUALITY)
-        return "jpg", buffer.getvalue()
-    content = file.read() if isinstance(file, TarMember) else Path(file).read_bytes()
-    with Image.open(io.BytesIO(content)) as header:
-        ending = _ENDINGS.get(header.format or "")
-    if ending is None:  # a format that shards don't carry: kept without loss
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return "png", buffer.getvalue()
-    return ending, content
 
 
 def _finish(plan: Plan, progress: _Progress, missing: Sequence[str]) -> Manifest:

@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from vlscale.data.corpus import Corpus
 from vlscale.data.files import read_span
 from vlscale.data.order import Part
 from vlscale.data.records import from_record
+from vlscale.data.regions import MEMBER
 from vlscale.data.sample import Sample, SampleError, TarMember
 from vlscale.data.sources.fields import FieldError
-from vlscale.data.tar_index import INDEX, captions_of, index_tar, member_name, read_record
+from vlscale.data.tar_index import BEFORE_REGIONS, INDEX, captions_of, index_tar, member_name, read_record
 from vlscale.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -300,7 +302,7 @@ def _cached_index(tar: Path) -> tuple[Path, list[str]]:
 @lru_cache(maxsize=256)
 def _index(place: str) -> np.ndarray:
     rows = np.load(place, mmap_mode="r", allow_pickle=False)
-    if rows.dtype != INDEX:
+    if rows.dtype not in (INDEX, BEFORE_REGIONS):
         raise ValueError(f"rows of {rows.dtype}, expected another layout")
     return rows
 
@@ -320,4 +322,8 @@ def _sample(tar: str, row: np.void, split: str) -> Sample:
     if row["second_length"]:
         second = TarMember(tar, f"{key}.second", int(row["second"]), int(row["second_length"]))
     image = TarMember(tar, name, int(row["image"]), int(row["image_length"]))
-    return from_record({**record, "captions": list(captions_of(record, text)), "split": split}, key, image, second)
+    sample = from_record({**record, "captions": list(captions_of(record, text)), "split": split}, key, image, second)
+    if row.dtype == BEFORE_REGIONS or not row["regions_length"]:
+        return sample
+    regions = TarMember(tar, f"{key}.{MEMBER}", int(row["regions"]), int(row["regions_length"]))
+    return replace(sample, regions=regions)

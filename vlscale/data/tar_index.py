@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlscale.data.images import ImageError, upright_size
+from vlscale.data.regions import LARGEST, MEMBER
 from vlscale.data.sources.fields import FieldError, strings
 
 INDEX = np.dtype(
@@ -26,10 +27,14 @@ INDEX = np.dtype(
         ("width", "<u4"),
         ("height", "<u4"),
         ("captions", "<u4"),
+        ("regions", "<u8"),
+        ("regions_length", "<u4"),
     ]
 )
-"""Offset and length in bytes of a sample's image, second image, JSON record and plain text (length 0: there is none),
-width and height of the upright image in pixels, and how many captions it has that are not blank."""
+"""Offset and length in bytes of a sample's image, second image, JSON record, plain text and regions (length 0: there is
+none), width and height of the upright image in pixels, and how many captions it has that are not blank."""
+BEFORE_REGIONS = np.dtype(INDEX.descr[:-2])
+"""Layout of an index that was written before shards had regions: still read."""
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _TEXT_ENDINGS = ("txt", "text", "caption")
@@ -48,8 +53,9 @@ def index_tar(path: Path) -> tuple[np.ndarray, list[str]]:
     """Rows of dtype INDEX in the tar's order, and what was left out, a line each.
 
     A sample is a run of files that share their name up to its first dot: an image, beside it `.json` (vlscale's record,
-    or img2dataset's with `caption`), `.txt` (a caption), `.second.EXT` (the other image of a pair). Links, and names
-    that leave the tar, are left out. A tar that breaks off gives the samples before the break.
+    or img2dataset's with `caption`), `.txt` (a caption), `.second.EXT` (the other image of a pair),
+    `.regions.safetensors`. Links, and names that leave the tar, are left out. A tar that breaks off gives the samples
+    before the break.
 
     Raises:
         OSError: the file can't be read. tarfile.ReadError: it is no uncompressed tar at all.
@@ -63,6 +69,13 @@ def index_tar(path: Path) -> tuple[np.ndarray, list[str]]:
             except (FieldError, ImageError) as error:
                 problems.append(f"{path}: {group.key}: {error}")
     return np.array(rows, dtype=INDEX), problems
+
+
+def same_rows(rows: np.ndarray, stored: np.ndarray) -> bool:
+    """Whether an index, of today's layout or the one before, says of its tar what `rows` (dtype INDEX) say."""
+    if stored.dtype == BEFORE_REGIONS and not rows["regions_length"].any():
+        rows = rows[list(BEFORE_REGIONS.names or ())].astype(BEFORE_REGIONS)
+    return rows.dtype == stored.dtype and np.array_equal(rows, stored)
 
 
 def _groups(file: Any, path: Path, problems: list[str]) -> Iterator[_Group]:
@@ -120,7 +133,7 @@ def _kind(ending: str) -> str:
         return "second"
     if ending in _TEXT_ENDINGS:
         return "text"
-    return "record" if ending == "json" else ""
+    return {"json": "record", MEMBER: "regions"}.get(ending, "")
 
 
 def _row(file: Any, group: _Group) -> tuple[int, ...]:
@@ -131,8 +144,11 @@ def _row(file: Any, group: _Group) -> tuple[int, ...]:
     record = _content(file, members["record"]) if "record" in members else b""
     text = _content(file, members["text"]) if "text" in members else b""
     captions = sum(1 for caption in captions_of(read_record(record), text) if caption.strip())
+    regions = members.get("regions", (0, 0))
+    if regions[1] > LARGEST:
+        raise FieldError(f"its regions have {regions[1]:,} bytes, more than {LARGEST:,}")
     places = [number for kind in ("image", "second", "record", "text") for number in members.get(kind, (0, 0))]
-    return (*places, width, height, captions)
+    return (*places, width, height, captions, *regions)
 
 
 def _content(file: Any, place: tuple[int, int]) -> bytes:

@@ -15,7 +15,9 @@ from vlscale.config import Tokenizer
 from vlscale.data.corpus import has_caption
 from vlscale.data.images import ImageError, load_image
 from vlscale.data.open import STORED, load_sources
-from vlscale.data.sample import Box, ImageFile, Question, Sample, Statement
+from vlscale.data.regions import problems as region_problems
+from vlscale.data.regions import read_regions
+from vlscale.data.sample import Box, ImageFile, Question, Sample, SampleError, Statement
 from vlscale.data.shard_check import check_shards
 from vlscale.data.sources.base import Notes, Source
 from vlscale.data.sources.jsonl import scan_jsonl
@@ -154,6 +156,11 @@ def _record_problems(sample: Sample) -> Iterator[str]:
     for number, caption in enumerate(sample.captions, start=1):
         if not clean_caption(caption, _MAX_WORDS):
             yield f"caption {number} is empty once cleaned: {caption[:40]!r}"
+    try:
+        regions = read_regions(sample)
+        yield from () if regions is None else region_problems(regions)
+    except SampleError as error:
+        yield str(error)
     for number, box in enumerate(sample.boxes, start=1):
         yield from _box_problems(f"box {number}", box)
     for phrase in sample.phrases:

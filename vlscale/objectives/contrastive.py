@@ -174,6 +174,30 @@ def in_batch_itc(image_feat: Tensor, text_feat: Tensor, temperature: Tensor, ima
     return InBatchItc(loss, sim_i2t[:, own].detach(), sim_t2i[:, own].detach())
 
 
+def vsc(
+    image_feat: Tensor, text_feat: Tensor, logit_scale: Tensor, image_ids: Tensor, gather: bool = True
+) -> InBatchItc:
+    """Visual semantic contrast (MVPTR, eq. 4 and 5).
+
+    The learned number is CLIP's: similarities are multiplied by exp(logit_scale), as in the release. Its temperature
+    exp(−logit_scale) is kept in the range of every other; the release does not bound it.
+
+    Args:
+        image_feat, text_feat: [B, d], unit length; row b of both is one pair.
+        logit_scale: scalar.
+        image_ids: [B]; texts of the same image share their row. Eq. 5 knows the pair alone, which is the same where no
+            image occurs twice.
+        gather: against the pairs of all ranks, with gradient; else of this rank only, as in the release.
+    """
+    temperature = clamped_temperature((-logit_scale.float()).exp())
+    if gather:
+        return in_batch_itc(image_feat, text_feat, temperature, image_ids)
+    sim = similarities(image_feat, text_feat, temperature)  # [B, B]
+    targets = hard_targets(image_ids, image_ids)
+    loss = (soft_cross_entropy(sim, targets) + soft_cross_entropy(sim.T, targets)) / 2
+    return InBatchItc(loss, sim.detach(), sim.T.detach())
+
+
 def retrieval_accuracy(sim: Tensor, targets: Tensor) -> Tensor:
     """Share of the rows whose highest similarity is a right answer; [B, C], targets > 0 where right → scalar."""
     best = sim.detach().argmax(1, keepdim=True)
