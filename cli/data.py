@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .phrases import phrases
 from .regions import extract
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ ImageRootOption = Annotated[
 ]
 
 app = typer.Typer(help="Make and check data sets.", no_args_is_help=True, rich_markup_mode=None)
+app.command()(phrases)
 app.command("regions")(extract)
 
 

@@ -145,7 +145,7 @@ def _first_stages(net: Any, options: Backbone) -> frozenset[str]:
 
 def _load_local(net: nn.Module, path: Path) -> None:
     """Start from a file: by name, or in order where a torch file shares no name with the network."""
-    given = {name: value for name, value in _read(path).items() if not name.endswith(COUNTER)}
+    given = {name: value for name, value in read_weights(path).items() if not name.endswith(COUNTER)}
     own = {name: value for name, value in net.state_dict().items() if not name.endswith(COUNTER)}
     foreign = not own.keys() & given.keys()
     if foreign and path.suffix == SAFETENSORS:
@@ -161,7 +161,12 @@ def _load_local(net: nn.Module, path: Path) -> None:
         _log.info("%s: %d tensors taken by name", path, len(chosen))
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict on the CPU: safetensors, or a torch file (read without running it), bare or in a training state.
+
+    Raises:
+        UserError: no such file, not readable, or something other than names and tensors in it.
+    """
     if not path.is_file():
         raise UserError(f"system.backbone.init: {path}: no such file; use random, pretrained or a weights file")
     try:
@@ -210,8 +215,10 @@ def _same_kind(name: str, other: str) -> bool:
 
 def _check_rest(rest: dict[str, Tensor], path: Path) -> None:
     """What a file may hold beyond the network: one classifier, a matrix (or 1 × 1 convolution) and its bias."""
+    if not rest:
+        return
     shapes = sorted((tuple(value.shape) for value in rest.values()), key=len, reverse=True)
-    matrix = not shapes or (len(shapes[0]) in {2, 4} and shapes[0][2:] in {(), (1, 1)})
+    matrix = len(shapes[0]) in {2, 4} and shapes[0][2:] in {(), (1, 1)}
     if not matrix or shapes[1:] not in ([], [shapes[0][:1]]):
         name, value = next(iter(rest.items()))
         raise UserError(f"system.backbone.init: {path}: {name} {tuple(value.shape)} has no place in the network")
