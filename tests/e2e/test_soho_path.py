@@ -73,6 +73,7 @@ def test_stages_are_timed(soho_run: Path, here: Here, tmp_path: Path) -> None:
         ("albef_tiny", "data.texts.negative=1", "one text per image"),
         ("albef_tiny", "train.backbone={lr: 0.1}", "no backbone of its own"),
         ("albef_tiny", "data.second_view=true", "no use for another crop"),
+        ("albef_tiny", "data.concepts={region_width: 8}", "reads no phrases, tags or regions"),
     ],
 )
 def test_what_does_not_fit_is_named(

@@ -4,7 +4,7 @@ Imports neither torch nor deepspeed. Unknown keys are errors; every field says w
 """
 
 from vlscale.config.bert import Bert
-from vlscale.config.data import CLIP_MEAN, CLIP_STD, Aspect, Augmentation, Data, Scenes, Texts, Tokenizer
+from vlscale.config.data import CLIP_MEAN, CLIP_STD, Aspect, Augmentation, Concepts, Data, Scenes, Texts, Tokenizer
 from vlscale.config.loading import (
     apply_override,
     cache_dir,
@@ -46,6 +46,7 @@ __all__ = [
     "Checkpoint",
     "CodebookOptions",
     "CodisSystem",
+    "Concepts",
     "Data",
     "Dictionary",
     "Evaluation",

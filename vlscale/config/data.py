@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vlscale.config.section import PositiveShare, Section
@@ -78,6 +80,39 @@ class Texts(Section):
         return self.positive + self.negative
 
 
+class Concepts(Section):
+    """Words with phrases, and object tags with regions, in place of pixels (MVPTR).
+
+    Nothing is cropped, mirrored or augmented, for the regions' boxes would have to follow; no image is decoded but for
+    `pixels`. So `augment` and `image_size` are not read, nor are `tokenizer.max_tokens` and `tokenizer.sep`.
+    """
+
+    phrases: str | None = None
+    """Vocabulary of phrases: written by `vlscale data phrases`, or MVPTR's id2phrase (.json). None: no phrases."""
+    max_words: Annotated[int, Field(ge=3)] = 35
+    """Word pieces of a text, [CLS] and [SEP] among them; what is longer is cut."""
+    max_phrases: NonNegativeInt = 5
+    """Phrases of a text. Where there are more, training draws some anew every epoch, evaluation takes the first."""
+    max_tags: Annotated[int, Field(ge=2)] = 20
+    """Word pieces of the object tags, [CLS] and [SEP] among them; what is longer is cut."""
+    max_regions: PositiveInt = 50
+    """Regions of an image, the most confident first."""
+    region_width: PositiveInt = 2048
+    """Numbers of a region's feature, without the six of its box."""
+    pixels: PositiveInt | None = None
+    """Side n of a square: samples without regions get their own boxes and the whole image, each resized to n × n pixels
+    whose 3 · n · n normalised values are the feature. Needs no detector; meant for the embedded scenes."""
+
+    @model_validator(mode="after")
+    def _pixels_fit(self) -> Concepts:
+        if self.pixels is not None and self.region_width != 3 * self.pixels**2:
+            raise ValueError(
+                f"pixels: squares of side {self.pixels} give regions 3 · {self.pixels}² = {3 * self.pixels**2} numbers "
+                f"wide, but region_width is {self.region_width}: make it {3 * self.pixels**2}"
+            )
+        return self
+
+
 class Scenes(Section):
     """The embedded data set, used when no data is given."""
 
@@ -106,6 +141,8 @@ class Data(Section):
     texts: Texts = Field(default_factory=Texts)
     second_view: bool = False
     """Give the momentum teacher a crop of its own (CODIS; TCL does): images are decoded once and augmented twice."""
+    concepts: Concepts | None = None
+    """Give phrases, object tags and regions instead of images."""
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     augment: Augmentation = Field(default_factory=Augmentation)
@@ -113,3 +150,14 @@ class Data(Section):
     workers: NonNegativeInt = 2
     """Loader processes per rank; 0 loads in the training process. The order does not depend on it."""
     scenes: Scenes = Field(default_factory=Scenes)
+
+    @model_validator(mode="after")
+    def _concepts_alone(self) -> Data:
+        if self.concepts is None:
+            return self
+        if self.aspect is not None or self.second_view:
+            key = "second_view" if self.second_view else "aspect"
+            raise ValueError(f"concepts: no image is decoded for them, but {key} is about images: remove one")
+        if self.texts.per_image > 1:
+            raise ValueError(f"concepts: one text per image, but texts asks for {self.texts.per_image}: remove texts")
+        return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -74,6 +74,11 @@ class Vsc(Section):
 
 class MvptrSystem(Section):
     """MVPTR: words, phrases, tags and regions, aligned at several levels in two stages."""
+
+    padded_inputs: ClassVar[bool] = False
+    many_texts: ClassVar[bool] = False
+    second_view: ClassVar[bool] = False
+    concepts: ClassVar[bool] = True
 
     name: Literal["mvptr"] = "mvptr"
     text: Stacks = Field(default_factory=Stacks)

@@ -124,6 +124,8 @@ class Recipe(Section):
                 f"data.texts: {system.name} learns to match from texts of other images: set data.texts.negative (2 in "
                 "the paper, with data.texts.positive 2), or weights.itm to 0"
             )
+        if self.data.concepts is not None and not system.concepts:
+            raise ValueError(f"data.concepts: {system.name} reads no phrases, tags or regions: remove it")
         if self.data.second_view and not system.second_view:
             raise ValueError(f"data.second_view: {system.name} has no use for another crop: remove it")
         if self.train.backbone is not None and not hasattr(system, "backbone"):

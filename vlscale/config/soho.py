@@ -83,6 +83,7 @@ class SohoSystem(Section):
     padded_inputs: ClassVar[bool] = True
     many_texts: ClassVar[bool] = True
     second_view: ClassVar[bool] = False
+    concepts: ClassVar[bool] = False
 
     name: Literal["soho"] = "soho"
     backbone: Backbone = Field(default_factory=Backbone)

@@ -113,6 +113,8 @@ class _VitSystem(Section):
     """Whether it takes several texts per image, not all of them its own."""
     second_view: ClassVar[bool] = False
     """Whether its teacher can see another crop."""
+    concepts: ClassVar[bool] = False
+    """Whether it reads phrases, tags and regions."""
 
     vision: Vision = Field(default_factory=Vision)
     text: Text = Field(default_factory=Text)

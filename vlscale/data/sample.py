@@ -125,6 +125,8 @@ class Vocabulary:
     cls: int
     sep: int
     mask: int
+    phrases: int = 0
+    """Phrase concepts beside the `size` words: phrase p has the id size + p."""
 
 
 @dataclass(slots=True)
@@ -132,7 +134,7 @@ class Batch:
     """I images with S texts each, B = I · S pairs, on one device; S is 1 but where a recipe asks for more."""
 
     images: Tensor
-    """[I, 3, H, W]: uint8 as loaded, float32 once normalised."""
+    """[I, 3, H, W]: uint8 as loaded, float32 once normalised. [I, 3, 0, 0] with `data.concepts`: none is read."""
     input_ids: Tensor
     """[B, L] int64; the texts of an image follow one another."""
     attention_mask: Tensor
@@ -145,6 +147,23 @@ class Batch:
     """[B] int64, 1 where the text is the image's own, 0 where it is another's; None: all are."""
     second_images: Tensor | None = None
     """[I, 3, H, W]: another crop of each image for the teacher; None: it sees the same."""
+    phrase_places: Tensor | None = None
+    """[B, L] int64: 0, or 1 + the slot of the phrase at that position. This and what follows up to `region_boxes` is
+    there with `data.concepts` alone; P, T and R are its max_phrases, max_tags and max_regions."""
+    phrase_words: Tensor | None = None
+    """[B, P, L] bool: the caption's word pieces that say the phrase of a slot."""
+    tag_ids: Tensor | None = None
+    """[I, T] int64."""
+    tag_mask: Tensor | None = None
+    """[I, T] int64, 1 = attend."""
+    tag_places: Tensor | None = None
+    """[I, T] int64: 0, or 1 + the number of the tag that a word piece belongs to."""
+    regions: Tensor | None = None
+    """[I, R, region_width + 6] float32: feature, then `regions.geometry`; 0 in padding."""
+    region_mask: Tensor | None = None
+    """[I, R] int64, 1 = a region; rows end in padding."""
+    region_boxes: Tensor | None = None
+    """[I, R, 4] float32: x1, y1, x2, y2 as shares of the image's width and height; 0 in padding."""
     sample_ids: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)

@@ -16,6 +16,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vlscale.config import Data
 from vlscale.data.aspect import AspectOrder, stacked
+from vlscale.data.concept_regions import check_regions
+from vlscale.data.concepts import ConceptInputs, ConceptReader, load_phrases
 from vlscale.data.corpus import Corpus, SampleList, as_corpus, has_caption, image_identity
 from vlscale.data.images import ImageError, evaluation_image, load_image, train_transform
 from vlscale.data.order import Order, ShuffledOrder, generator, number_of
@@ -67,6 +69,8 @@ class Stream:
         self.micro_batches_per_step: int = global_batch // (micro_batch * world)
         self._global_batch, self._micro_batch = global_batch, micro_batch
         _check_captions(corpus)
+        if data.concepts is not None:
+            check_regions(corpus, data.concepts)
         self._rank, self._world, self._start_step = rank, world, start_step
         self._dataset = _TrainingBatches(corpus, data, tokenizer, seed, self._order)
         self._workers = workers
@@ -79,9 +83,10 @@ class Stream:
 
         With `data.aspect` images are padded right and below, and `image_sizes` tells their own sizes; with several
         `data.texts` per image `matched` tells which are its own; with `data.second_view` there are `second_images`.
+        With `data.concepts` there are phrases, tags and regions, and images of no pixels.
 
         Raises:
-            UserError: no image can be read.
+            UserError: no image can be read; or, with `data.concepts`, a sample has no regions.
         """
         self.close()
         self._running = self._batches()
@@ -108,14 +113,32 @@ class Stream:
         yield from _loaded(self._dataset, self.positions(), self._workers)
 
 
-def evaluation_batches(samples: Sequence[Sample], data: Data, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(
+    samples: Sequence[Sample], data: Data, batch_size: int, tokenizer: TextTokenizer | None = None
+) -> Iterator[Batch]:
     """Every image once, in order, resized without cropping; no text (input_ids is [B, 0]).
 
     With `data.aspect` each batch is padded to its own largest image, and `image_sizes` tells what is not padding.
 
+    With `data.concepts` there are tags and regions, and images of no pixels.
+
     `image_ids` are indices into `samples`. An image that can't be read is left out of its batch and named in `skipped`.
+
+    Args:
+        tokenizer: of the tags; needed with `data.concepts` alone.
+
+    Raises:
+        UserError: with `data.concepts`, a sample has no regions.
+        ValueError: `data.concepts` without tokenizer.
     """
-    dataset = _EvaluationBatches(as_corpus(samples), data)
+    corpus, concepts = as_corpus(samples), data.concepts
+    reader = None
+    if concepts is not None:
+        if tokenizer is None:
+            raise ValueError("data.concepts: tags need a tokenizer")
+        check_regions(corpus, concepts)
+        reader = ConceptReader(data, concepts, tokenizer, None)
+    dataset = _EvaluationBatches(corpus, data, reader)
     positions = (list(range(i, min(i + batch_size, len(samples)))) for i in range(0, len(samples), batch_size))
     # Starting workers takes seconds: only worth it for many images.
     workers = data.workers if len(samples) >= 2000 else 0
@@ -134,8 +157,9 @@ class _Drawn(NamedTuple):
 
     sample: Sample
     views: list[Tensor]
-    """One or two, uint8 [3, H, W]."""
+    """One or two, uint8 [3, H, W]; with `data.concepts` one without pixels."""
     texts: DrawnTexts
+    concepts: ConceptInputs | None = None
 
 
 class _TrainingBatches(Dataset[Any]):
@@ -144,6 +168,9 @@ class _TrainingBatches(Dataset[Any]):
     def __init__(self, corpus: Corpus, data: Data, tokenizer: TextTokenizer, seed: int, order: Order) -> None:
         self._corpus = corpus
         self._data, self._tokenizer, self._seed, self._order = data, tokenizer, seed, order
+        self._concepts = None
+        if data.concepts is not None:
+            self._concepts = ConceptReader(data, data.concepts, tokenizer, load_phrases(data.concepts))
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any] | UserError:
         skipped: list[str] = []
@@ -170,14 +197,19 @@ class _TrainingBatches(Dataset[Any]):
     def _texts(self, drawn: list[_Drawn]) -> dict[str, Any]:
         texts = [text for one in drawn for text in one.texts.texts]
         matched = [own for one in drawn for own in one.texts.matched]
-        input_ids, mask = self._tokenizer.encode(texts, pad_to=self._tokenizer.max_tokens)
         many = self._data.texts.per_image > 1
         return {
-            "input_ids": input_ids,
-            "attention_mask": mask,
+            **self._encoded(texts, drawn),
             "matched": torch.tensor(matched, dtype=torch.int64) if many else None,
             "texts": texts,
         }
+
+    def _encoded(self, texts: list[str], drawn: list[_Drawn]) -> dict[str, Tensor]:
+        if self._concepts is None:
+            input_ids, mask = self._tokenizer.encode(texts, pad_to=self._tokenizer.max_tokens)
+            return {"input_ids": input_ids, "attention_mask": mask}
+        inputs = [one.concepts for one in drawn if one.concepts is not None]
+        return {**self._concepts.texts(texts, inputs), **self._concepts.images(inputs)}
 
     def _readable(self, position: int, skipped: list[str]) -> _Drawn:
         """The sample at `position`, or the next one in the order that can be read."""
@@ -197,6 +229,8 @@ class _TrainingBatches(Dataset[Any]):
         names = (self._seed, walk, number_of(sample.id))
         drawn = generator(*names)
         texts = draw_texts(sample, self._corpus, self._data.texts, drawn)
+        if self._concepts is not None:
+            return _Drawn(sample, [_no_pixels()], texts, self._concepts.read(sample, texts.texts[0], drawn))
         image, may_flip = load_image(sample.image), not texts.names_a_side
         draws = [drawn, generator(*names, _SECOND_VIEW)] if self._data.second_view else [drawn]
         return _Drawn(sample, [train_transform(self._data, of_view, may_flip)(image) for of_view in draws], texts)
@@ -205,21 +239,30 @@ class _TrainingBatches(Dataset[Any]):
 class _EvaluationBatches(Dataset[Any]):
     """A list of indices → the fields of a Batch without text."""
 
-    def __init__(self, corpus: Corpus, data: Data) -> None:
-        self._corpus, self._data = corpus, data
+    def __init__(self, corpus: Corpus, data: Data, concepts: ConceptReader | None) -> None:
+        self._corpus, self._data, self._concepts = corpus, data, concepts
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        images, kept, ids, skipped = [], [], [], []
+    def __getitems__(self, indices: list[int]) -> dict[str, Any] | UserError:
+        images: list[Tensor] = []
+        inputs: list[ConceptInputs] = []
+        kept, ids, skipped = [], [], []
         for index in indices:
             try:
                 sample = self._corpus.sample(index)
-                images.append(evaluation_image(sample.image, self._data))
+                if self._concepts is None:
+                    images.append(evaluation_image(sample.image, self._data))
+                else:
+                    inputs.append(self._concepts.read(sample))
+                    images.append(_no_pixels())
                 kept.append(index)
                 ids.append(sample.id)
             except (ImageError, SampleError) as error:
                 skipped.append(f"{self._corpus.where(index)}: {error}")
+            except UserError as error:  # as in training
+                return error
         pixels, sizes = stacked(images, self._data.image_size, self._data.aspect)
         return {
+            **({} if self._concepts is None else self._concepts.images(inputs)),
             "images": pixels,
             "image_sizes": sizes,
             "input_ids": torch.empty(len(kept), 0, dtype=torch.int64),
@@ -251,6 +294,10 @@ def _loaded(dataset: Dataset[Any], positions: Iterator[list[int]], workers: int)
         # batches, which ended in a traceback.
         if isinstance(items, _MultiProcessingDataLoaderIter):
             items._shutdown_workers()
+
+
+def _no_pixels() -> Tensor:
+    return torch.empty(3, 0, 0, dtype=torch.uint8)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -9,7 +9,7 @@ import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -50,6 +50,16 @@ def _first_words(text: str, limit: int) -> str:
     return " ".join(words[:limit]) if len(words) > limit else text
 
 
+class Pieces(NamedTuple):
+    """A cleaned text as word pieces, uncut and without special tokens."""
+
+    ids: list[int]
+    words: list[str]
+    """The text split at spaces."""
+    word_of: list[int]
+    """Index in `words` of each id."""
+
+
 class TextTokenizer:
     """Texts to padded ids and back: `[CLS] words`, with [SEP] at the end where the options say so."""
 
@@ -79,6 +89,15 @@ class TextTokenizer:
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
         return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def pieces(self, texts: Sequence[str]) -> list[Pieces]:
+        """Cleaned texts as word pieces that know their words; `max_tokens` does not cut them."""
+        cleaned = [clean_caption(text, self.options.max_words) for text in texts]
+        encodings = self._backend.encode_batch(cleaned, add_special_tokens=False)
+        return [
+            Pieces(encoding.ids, text.split(" "), [text.count(" ", 0, start) for start, _ in encoding.offsets])
+            for text, encoding in zip(cleaned, encodings, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """The words of one text, special tokens left out."""

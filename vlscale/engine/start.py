@@ -44,7 +44,12 @@ def set_threads(threads: int | None) -> int:
 def absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with data paths that hold from any directory."""
     data = recipe.data
-    paths = {"path": None if data.path is None else absolute(data.path), "image_root": _absolute(data.image_root)}
+    paths: dict[str, Any] = {
+        "path": None if data.path is None else absolute(data.path),
+        "image_root": _absolute(data.image_root),
+    }
+    if data.concepts is not None:
+        paths["concepts"] = data.concepts.model_copy(update={"phrases": _absolute(data.concepts.phrases)})
     return recipe.model_copy(update={"data": data.model_copy(update=paths)})
 
 
