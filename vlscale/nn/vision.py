@@ -59,7 +59,8 @@ def _create(config: Vision, image_size: int) -> Any:
             **config.overrides,
         )
     except (RuntimeError, TypeError, AssertionError, ValueError, OSError) as error:
-        raise UserError(f"system.vision: timm can't build {config.model!r}: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"system.vision: timm can't build {config.model!r}: {reason}") from None
     if not isinstance(vit, timm.models.vision_transformer.VisionTransformer):
         raise UserError(
             f"system.vision.model: {config.model} is no vision transformer; use a timm vit_* or deit_* name"

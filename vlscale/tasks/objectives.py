@@ -29,7 +29,7 @@ from vlscale.objectives.matching import draw_negatives, itm_accuracy, valid_rows
 from vlscale.objectives.patches import draw_patch_mask
 from vlscale.objectives.reconstruction import mim_loss
 from vlscale.systems.protocol import System, TextStates
-from vlscale.tasks.card import origin, split_hash
+from vlscale.tasks.card import origin, resolution, split_hash
 
 _FUNCTION_WORDS = """
 a an the this that these those there here it its is are was were be been being has have had do does did in on at of
@@ -78,7 +78,7 @@ def run_objectives(
     name, samples = run_samples(run, data, split, image_root)
     metrics = probe_objectives(cast(System, run.system), samples, run.recipe, run.tokenizer, run.device)
     protocol = origin(run, data, name) | {
-        "resolution": run.recipe.data.image_size,
+        "resolution": resolution(run.recipe.data),
         "split_hash": split_hash(samples),
         "pairs": len(samples),
         "seed": 0,
