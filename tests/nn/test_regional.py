@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.systems.test_soho import _fake
+from tests.systems.fake_gpu import put_on_fake_gpu
 from vlscale.config.mvptr import Lengths, MvptrSystem, Stacks, Wpg
 from vlscale.data.sample import Vocabulary
 from vlscale.errors import UserError
@@ -249,7 +249,7 @@ def test_a_forward_keeps_to_the_gpu(fusion: str) -> None:
     (ids, mask), (tags, features, image_mask) = texts(), images()
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (model, space):
-            _fake(module)
+            put_on_fake_gpu(module)
         ids, mask, tags, image_mask = (torch.empty_like(t, device="cuda") for t in (ids, mask, tags, image_mask))
         text = model.encode_text(ids, mask)
         image = model.encode_image(tags, torch.empty_like(features, device="cuda"), image_mask)

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.systems.albef_fixtures import DirectWriter
+from tests.systems.fake_gpu import put_on_fake_gpu
 from tests.systems.test_albef import Calls
 from vlscale.config.mvptr import Lengths, Mcr, MvptrSystem, Stacks, Vsc, Wpg
 from vlscale.data.sample import Batch, Vocabulary
 from vlscale.objectives.masking import IGNORED
 from vlscale.systems.concept_inputs import mask_inputs, phrase_masks, phrase_slots
 from vlscale.systems.mvptr import Mvptr
-from vlscale.systems.protocol import Progress
+from vlscale.systems.protocol import Choices, Progress
 
 VOCABULARY = Vocabulary(40, 0, 1, 2, 3)
 PHRASES, WIDTH, LENGTH, SLOTS, TAGS, REGIONS = 9, 5, 12, 3, 6, 4
@@ -127,17 +128,11 @@ def test_wrong_images_of_every_text_are_passed_once() -> None:
     system, batch = mvptr().eval(), batch_of(6)
     seen = system._encode(batch, batch.input_ids, batch.tag_ids)  # type: ignore[arg-type]
     sims = system._contrast(seen, batch, {}, {})
-    paired = system._pair(seen, batch, sims, progress(), _choices())
+    paired = system._pair(seen, batch, sims, progress(), Choices())
     found = system._other_images(paired, seen, batch)
     whole = system._fuse(seen, batch, torch.arange(6), paired.negatives.images).layers[system.config.wpg.layer]
     torch.testing.assert_close(found, whole)
     assert (paired.negatives.images != torch.arange(6)).all()
-
-
-def _choices() -> Any:
-    from vlscale.systems.protocol import Choices
-
-    return Choices()
 
 
 @pytest.mark.parametrize("changes", [{"wpg": Wpg(negatives="hard", pool="top3")}, {"clean_pass": True}])
@@ -225,21 +220,12 @@ def test_one_copy_to_the_host_in_a_step() -> None:
     assert phrase_slots(batch).any()
 
 
-def _fake(module: nn.Module) -> None:
-    """Stand-ins on a GPU that is not there; called under FakeTensorMode."""
-    for one in module.modules():
-        for name, parameter in one._parameters.items():
-            if parameter is not None:
-                fake = torch.empty_like(parameter, device="cuda")
-                one._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
-
-
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_a_forward_keeps_to_the_gpu() -> None:
     """With labels in order: the assignment leaves the device by design."""
     system, batch = mvptr(mcr=Mcr(order="ordered")).train(), batch_of()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fake(system)
+        put_on_fake_gpu(system)
         tensors = {
             f.name: torch.empty_like(value, device="cuda")
             for f in fields(batch)

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from tests.systems.albef_fixtures import VOCABULARY, DirectWriter
+from tests.systems.fake_gpu import put_on_fake_gpu
 from tests.systems.test_albef import Calls
 from vlscale.config import LOSSES, Backbone, Dictionary, Joint, Mvm, Neck, SohoSystem
 from vlscale.data.sample import Batch
-from vlscale.systems.protocol import Progress
+from vlscale.systems.protocol import Choices, Progress
 from vlscale.systems.soho import Soho
 
 SIDE, LENGTH, TEXTS = 64, 7, 4
@@ -72,9 +73,9 @@ def test_each_loss_against_a_slow_recomputation() -> None:
     system.joint.register_forward_hook(lambda _m, inputs, output: seen.append((*inputs, output)))
     output = system(batch, progress())
     states, _mask, fused = seen[0]
-    masked = system._masked_words(batch, progress(), _no_choices())
+    masked = system._masked_words(batch, progress(), Choices())
     assert torch.equal(states[:, :LENGTH], system.joint.embed(masked.input_ids))
-    pairs = system._visual_pairs(batch, _after_words(batch, system), _no_choices())
+    pairs = system._visual_pairs(batch, _after_words(batch, system), Choices())
     assert pairs.labels is not None
     sums = {"mlm": 0.0, "mvm": 0.0}
     counts = {"mlm": 0, "mvm": 0}
@@ -99,23 +100,17 @@ def test_each_loss_against_a_slow_recomputation() -> None:
         assert float(output.losses[name].detach()) == pytest.approx(total / counts[name], rel=1e-4), name
 
 
-def _no_choices() -> Any:
-    from vlscale.systems.protocol import Choices
-
-    return Choices()
-
-
 def _after_words(batch: Batch, system: Soho) -> Progress:
     """The step's generator after the words were drawn."""
     drawn = progress()
-    system._masked_words(batch, drawn, _no_choices())
+    system._masked_words(batch, drawn, Choices())
     return drawn
 
 
 def test_a_mask_does_not_tell_whether_a_pair_matches() -> None:
     """Cells are masked in every pair; only the labels of the mismatched ones are left out."""
     system, batch = soho().train(), batch_of()
-    pairs = system._visual_pairs(batch, progress(), _no_choices())
+    pairs = system._visual_pairs(batch, progress(), Choices())
     assert pairs.labels is not None
     assert ((pairs.labels >= 0).sum(1) > 0).all()
     only = system(batch, progress()).metrics["mvm_cells"]
@@ -146,7 +141,7 @@ def test_padding_touches_nothing() -> None:
     system(wide, progress())
     counts = system.neck.dictionary._pending[:, -1]  # type: ignore[index,union-attr]
     assert counts.sum() == 3 * system.grid[0] * system.grid[1]
-    labels = system._visual_pairs(wide, progress(), _no_choices()).labels
+    labels = system._visual_pairs(wide, progress(), Choices()).labels
     valid = system.cells(wide).valid.repeat_interleave(TEXTS, 0)
     assert (labels[~valid] == -100).all()  # type: ignore[index]
 
@@ -229,24 +224,12 @@ def test_no_host_sync_in_a_step() -> None:
         assert calls.counts[name] == 0, name
 
 
-def _fake(module: nn.Module) -> None:
-    """Stand-ins on a GPU that is not there; called under FakeTensorMode."""
-    for one in module.modules():
-        for name, parameter in one._parameters.items():
-            if parameter is not None:
-                fake = torch.empty_like(parameter, device="cuda")
-                one._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
-        for name, buffer in one._buffers.items():
-            if buffer is not None:
-                one._buffers[name] = torch.empty_like(buffer, device="cuda")
-
-
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize("mvm", [Mvm(), Mvm(masking="cell", head="cosine", probability=0.5)])
 def test_a_forward_keeps_to_the_gpu(mvm: Mvm) -> None:
     system, batch = soho(mvm=mvm).train(), replace(batch_of(), image_sizes=torch.tensor([[SIDE, SIDE]] * 3))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fake(system)
+        put_on_fake_gpu(system)
         system.place(torch.device("cuda"))
         tensors = {
             name: torch.empty_like(value, device="cuda")

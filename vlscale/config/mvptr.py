@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from vlscale.config.abilities import Abilities
 from vlscale.config.bert import Bert
 from vlscale.config.section import Section, Share
 
@@ -72,12 +73,9 @@ class Vsc(Section):
     """Initial value of the learned divisor of the cosines."""
 
 
-class MvptrSystem(Section):
+class MvptrSystem(Abilities):
     """MVPTR: words, phrases, tags and regions, aligned at several levels in two stages."""
 
-    padded_inputs: ClassVar[bool] = False
-    many_texts: ClassVar[bool] = False
-    second_view: ClassVar[bool] = False
     concepts: ClassVar[bool] = True
 
     name: Literal["mvptr"] = "mvptr"

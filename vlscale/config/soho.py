@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
+from vlscale.config.abilities import Abilities
 from vlscale.config.bert import Bert
 from vlscale.config.section import Section, Share
 from vlscale.config.upkeep import Upkeep
@@ -77,13 +78,11 @@ class Joint(Bert):
     layers: PositiveInt = 12
 
 
-class SohoSystem(Section):
+class SohoSystem(Abilities):
     """SOHO: a visual dictionary learned end to end from pixels."""
 
     padded_inputs: ClassVar[bool] = True
     many_texts: ClassVar[bool] = True
-    second_view: ClassVar[bool] = False
-    concepts: ClassVar[bool] = False
 
     name: Literal["soho"] = "soho"
     backbone: Backbone = Field(default_factory=Backbone)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from vlscale.config.abilities import Abilities
 from vlscale.config.bert import Bert
 from vlscale.config.section import PositiveShare, Section, Share
 from vlscale.config.soho import SohoSystem
@@ -106,16 +107,7 @@ class AlignOptions(Section):
     """Of the four terms; without intra terms the mean of two, as ALBEF's."""
 
 
-class _VitSystem(Section):
-    padded_inputs: ClassVar[bool] = False
-    """Whether it takes images of any aspect ratio, padded."""
-    many_texts: ClassVar[bool] = False
-    """Whether it takes several texts per image, not all of them its own."""
-    second_view: ClassVar[bool] = False
-    """Whether its teacher can see another crop."""
-    concepts: ClassVar[bool] = False
-    """Whether it reads phrases, tags and regions."""
-
+class _VitSystem(Abilities):
     vision: Vision = Field(default_factory=Vision)
     text: Text = Field(default_factory=Text)
     embed_dim: PositiveInt = 256

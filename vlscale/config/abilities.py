@@ -1,0 +1,20 @@
+"""What a system's section says of the inputs it can take; the recipe is held against it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from vlscale.config.section import Section
+
+
+class Abilities(Section):
+    """Base of every system's section: square images, one text each, unless it says otherwise."""
+
+    padded_inputs: ClassVar[bool] = False
+    """Whether it takes images of any aspect ratio, padded."""
+    many_texts: ClassVar[bool] = False
+    """Whether it takes several texts per image, not all of them its own."""
+    second_view: ClassVar[bool] = False
+    """Whether its teacher can see another crop."""
+    concepts: ClassVar[bool] = False
+    """Whether it reads phrases, tags and regions."""
