@@ -63,7 +63,7 @@ class ParserExtractor:
         return [self.extract(caption) for caption in sample.captions]
 
 
-_INSTALL = "pip install 'vlscale[phrases]', or take --extractor light, which needs nothing"
+_INSTALL = "pip install '.[phrases]' in vlscale's folder, or take --extractor light, which needs nothing"
 
 
 def _of_object(entity: dict[str, Any], root: Any) -> list[PhraseTuple]:
