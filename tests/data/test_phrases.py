@@ -245,7 +245,7 @@ def test_which_extractors_there_are() -> None:
 
 def test_parser_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(UserError, match=r"--extractor parser: spacy is missing; pip install 'vlscale\[phrases\]'"):
+    with pytest.raises(UserError, match=r"--extractor parser: spacy is missing; pip install '\.\[phrases\]'"):
         ParserExtractor()
 
 
