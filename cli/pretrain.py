@@ -42,6 +42,9 @@ def pretrain(
     resume: Annotated[
         str | None, typer.Option(metavar="auto|PATH", help="Go on from the newest complete checkpoint, or from PATH.")
     ] = None,
+    stage: Annotated[
+        int | None, typer.Option(metavar="N", help="Of a recipe with train.stages this one alone; default: all.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and build nothing big.")] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
@@ -62,10 +65,10 @@ def pretrain(
     launch.settle(world)
     # DeepSpeed calls what torch has deprecated; whoever trains can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    from vlscale.engine.loop import pretrain as run
+    from vlscale.engine.stages import pretrain as run
 
     folder = out or Path("runs") / resolved.name
-    result = run(resolved, ds_config=ds_config, out=folder, resume=resume, threads=threads)
+    result = run(resolved, ds_config=ds_config, out=folder, resume=resume, threads=threads, stage=stage)
     if launch.rank() == 0:
         print(f"{result.out}: {result.step} steps done, {result.seconds:.0f} s")
 

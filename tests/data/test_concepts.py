@@ -193,9 +193,11 @@ def test_numbers_are_dense(place: Path, tmp_path: Path) -> None:
     assert rows is not None
     assert rows.texts == list(PHRASES.values())
     assert len(rows) == len(PHRASES)
-    vocabulary = tokenizer_of(data_with(place)).vocabulary
-    assert with_phrases(vocabulary, rows) == Vocabulary(SIZE, 0, 2, 3, 4, phrases=len(PHRASES))
-    assert with_phrases(vocabulary, None) == vocabulary
+    tokenizer = tokenizer_of(data_with(place))
+    vocabulary = with_phrases(tokenizer, rows)
+    assert vocabulary == Vocabulary(SIZE, 0, 2, 3, 4, vocabulary.phrase_pieces)
+    assert tokenizer.decode(vocabulary.phrase_pieces[0]) == rows.texts[0]
+    assert with_phrases(tokenizer, None) == tokenizer.vocabulary
     assert load_phrases(Concepts()) is None
 
 

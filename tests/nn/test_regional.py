@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.systems.fake_gpu import put_on_fake_gpu
-from vlscale.config.mvptr import Lengths, MvptrSystem, Stacks, Wpg
+from vlscale.config.mvptr import MvptrSystem, Stacks, Wpg
 from vlscale.data.sample import Vocabulary
 from vlscale.errors import UserError
 from vlscale.nn.heads import MlmHead
 from vlscale.nn.regional import ConceptEmbeddings, ConceptHead, MvpEncoder, SharedSpace, load_regional
 
 WORDS, PHRASES, WIDTH, FEATURE = 30, 8, 16, 5
-VOCABULARY = Vocabulary(size=WORDS, pad=0, cls=1, sep=2, mask=3)
+VOCABULARY = Vocabulary(WORDS, pad=0, cls=1, sep=2, mask=3, phrase_pieces=((4,),) * PHRASES)
 SIZES: dict[str, Any] = {"width": WIDTH, "heads": 4, "intermediate": 24, "max_positions": 40, "dropout": 0.0}
 TAGS, REGIONS, LENGTH = 4, 3, 7
 
@@ -27,8 +28,8 @@ TAGS, REGIONS, LENGTH = 4, 3, 7
 def encoder(layers: int = 3, text: dict[str, Any] | None = None, **options: Any) -> MvpEncoder:
     torch.manual_seed(0)
     options.setdefault("wpg", Wpg(layer=0))
-    config = MvptrSystem(text=Stacks(**SIZES, layers=layers, **(text or {})), region_width=FEATURE, **options)
-    return MvpEncoder(config, VOCABULARY, PHRASES)
+    config = MvptrSystem(text=Stacks(**SIZES, layers=layers, **(text or {})), **options)
+    return MvpEncoder(config, FEATURE, VOCABULARY)
 
 
 def texts() -> tuple[Tensor, Tensor]:
@@ -107,23 +108,20 @@ def test_a_bert_that_does_not_fit_is_named(bert_folder: Path, tmp_path: Path) ->
     other = Vocabulary(size=31, pad=0, cls=1, sep=2, mask=3)
     config = MvptrSystem(text=Stacks(**SIZES, layers=2), wpg=Wpg(layer=0))
     with pytest.raises(UserError, match=r"word embeddings: expected \(31, 16\), found \(30, 16\)"):
-        load_regional(str(bert_folder), MvpEncoder(config, other, PHRASES), [])
+        load_regional(str(bert_folder), MvpEncoder(config, FEATURE, other), [])
     with pytest.raises(UserError, match=r"system\.text\.init"):
         load_regional(str(tmp_path / "absent"), encoder(1), [])
 
 
 @torch.no_grad()
 def test_phrases_start_as_the_mean_of_their_words() -> None:
-    embeddings = ConceptEmbeddings(Stacks(**SIZES), VOCABULARY, 3)
+    pieces = ((4, 5), (6,), (7, 7, 8))
+    embeddings = ConceptEmbeddings(Stacks(**SIZES), replace(VOCABULARY, phrase_pieces=pieces))
     words = embeddings.word_rows().clone()
-    embeddings.start_phrases(torch.tensor([[4, 5, 0], [6, 0, 0], [7, 7, 8]]))
-    rows = embeddings.phrase_rows()
-    for row, pieces in zip(rows, ([4, 5], [6], [7, 7, 8]), strict=True):
-        assert torch.allclose(row, words[pieces].mean(0), atol=1e-6)
+    embeddings.start_phrases(pieces)
+    for row, own in zip(embeddings.phrase_rows(), pieces, strict=True):
+        assert torch.allclose(row, words[list(own)].mean(0), atol=1e-6)
     assert torch.equal(embeddings.word_rows(), words)
-    for wrong in (torch.tensor([[4], [5]]), torch.tensor([[4], [0], [5]])):
-        with pytest.raises(ValueError, match="pieces of 3 phrases"):
-            embeddings.start_phrases(wrong)
 
 
 def test_words_tags_and_phrases_share_one_table() -> None:
@@ -263,7 +261,6 @@ def test_options_that_do_not_fit_are_refused() -> None:
     assert MvptrSystem(fusion="merged", wpg=Wpg(layer=8)).multimodal_layers == 12
     for options, message in (
         ({"wpg": Wpg(layer=6)}, r"wpg\.layer 6 does not exist: the multimodal encoder has layers 0 to 5"),
-        ({"lengths": Lengths(words=510)}, r"lengths need 515 positions, text\.max_positions is 512"),
         ({"fusion": "merged", "stage": 1}, "stage 1 trains the uni-modal encoders"),
     ):
         with pytest.raises(ValidationError, match=message):

@@ -28,14 +28,14 @@ KINDS: dict[str, Kind] = {"retrieval": "retrieval", "retrieval_phrase": "retriev
 class Parts(nn.Module):
     """What a system is made of, under the names that the importer gives."""
 
-    def __init__(self, config: MvptrSystem, vocabulary: Vocabulary, phrases: int) -> None:
+    def __init__(self, config: MvptrSystem, region_width: int, vocabulary: Vocabulary) -> None:
         super().__init__()
         width = config.text.width
-        self.encoder = MvpEncoder(config, vocabulary, phrases)
+        self.encoder = MvpEncoder(config, region_width, vocabulary)
         self.text_space, self.image_space = (SharedSpace(width, config.vsc.proj) for _ in range(2))
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.word_head, self.tag_head = (ConceptHead(width, vocabulary.size) for _ in range(2))
-        self.phrase_head = MlmHead(width, phrases)
+        self.phrase_head = MlmHead(width, vocabulary.phrases)
         self.itm_head = nn.Linear(width, 2)
 
 
@@ -49,8 +49,11 @@ def recorded_parts(sizes: dict[str, Any], **options: Any) -> Parts:
         layers=sizes["encoder_layers_each"],
     )
     region_width, norm = sizes["img_feature_dim"] - 6, bool(sizes["use_img_layernorm"])
-    config = MvptrSystem(text=text, region_width=region_width, region_norm=norm, **options)
-    return Parts(config, Vocabulary(sizes["only_word_size"], **sizes["special_ids"]), sizes["phrase_vocab"])
+    config = MvptrSystem(text=text, region_norm=norm, **options)
+    phrases = ((0,),) * sizes["phrase_vocab"]
+    return Parts(
+        config, region_width, Vocabulary(sizes["only_word_size"], **sizes["special_ids"], phrase_pieces=phrases)
+    )
 
 
 class Replay:
@@ -373,7 +376,7 @@ def test_full_size_checkpoint_has_a_place_for_every_key(path: Path) -> None:
         kind: Kind = KINDS.get(model, "pretrain" if model.startswith("pretrain") else "task")
         phrases = published["bert.embeddings.word_embeddings.weight"][0] - words
         with torch.device("meta"):
-            parts = Parts(MvptrSystem(), Vocabulary(words, 0, 101, 102, 103), phrases)
+            parts = Parts(MvptrSystem(), 2048, Vocabulary(words, 0, 101, 102, 103, ((0,),) * phrases))
         ours = {name: list(value.shape) for name, value in parts.state_dict().items()}
         found = {name: shape for key, shape in published.items() if (name := our_name(key, kind)) is not None}
         fresh = ours.keys() - found.keys()

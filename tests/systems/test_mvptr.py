@@ -13,15 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.systems.albef_fixtures import DirectWriter
 from tests.systems.fake_gpu import put_on_fake_gpu
 from tests.systems.test_albef import Calls
-from vlscale.config.mvptr import Lengths, Mcr, MvptrSystem, Stacks, Vsc, Wpg
+from vlscale.config.mvptr import Mcr, MvptrSystem, Stacks, Vsc, Wpg
 from vlscale.data.sample import Batch, Vocabulary
 from vlscale.objectives.masking import IGNORED
 from vlscale.systems.concept_inputs import mask_inputs, phrase_masks, phrase_slots
 from vlscale.systems.mvptr import Mvptr
 from vlscale.systems.protocol import Choices, Progress
 
-VOCABULARY = Vocabulary(40, 0, 1, 2, 3)
 PHRASES, WIDTH, LENGTH, SLOTS, TAGS, REGIONS = 9, 5, 12, 3, 6, 4
+VOCABULARY = Vocabulary(40, 0, 1, 2, 3, tuple((4 + number, 5 + number) for number in range(PHRASES)))
 LOSSES = {"mcr_v", "mcr_s", "vsc", "itm", "mlm", "wpg"}
 
 
@@ -29,8 +29,8 @@ def mvptr(seed: int = 0, **changes: Any) -> Mvptr:
     torch.manual_seed(seed)
     text = Stacks(width=16, heads=2, intermediate=32, layers=3, max_positions=24, dropout=0.0, norm="pre")
     options = {"mcr": Mcr(tags=0.5, phrases=0.5), "mlm_probability": 0.3, **changes}
-    config = MvptrSystem(text=text, lengths=Lengths(words=9, phrases=SLOTS, tags=TAGS), region_width=WIDTH, **options)
-    return Mvptr(config, VOCABULARY, PHRASES)
+    config = MvptrSystem(text=text, **options)
+    return Mvptr(config, WIDTH, VOCABULARY)
 
 
 def batch_of(size: int = 4, seed: int = 0) -> Batch:

@@ -39,7 +39,7 @@ def crop(sample: Sample, data: Data) -> Tensor:
     return eval_transform(data)(load_image(sample.image))[:, : CELL * (1 + number % 4), : CELL * (1 + number % 3)]
 
 
-def padded_batches(samples: Sequence[Sample], data: Data, batch_size: int) -> Iterator[Batch]:
+def padded_batches(samples: Sequence[Sample], data: Data, batch_size: int, tokenizer: object) -> Iterator[Batch]:
     """As `evaluation_batches`, each batch padded right and below to its largest image."""
     for first in range(0, len(samples), batch_size):
         pictures = [crop(sample, data) for sample in samples[first : first + batch_size]]
@@ -107,8 +107,8 @@ def test_against_every_pair_one_by_one(parts: Parts, budget: int, monkeypatch: p
 
 
 def test_only_what_is_no_padding_is_kept(parts: Parts) -> None:
-    system, samples, recipe, _ = parts
-    store = encode_images(system, samples, recipe.data, FP32, 4, lambda *_: None)
+    system, samples, recipe, tokenizer = parts
+    store = encode_images(system, samples, recipe.data, tokenizer, FP32, 4, lambda *_: None)
     assert store.length.tolist() == [math.prod(crop(sample, recipe.data).shape[1:]) // CELL**2 for sample in samples]
     assert len(set(store.length.tolist())) > 3
     for index, sample in enumerate(samples):
@@ -122,10 +122,10 @@ def test_only_what_is_no_padding_is_kept(parts: Parts) -> None:
 
 def test_the_budget_counts_what_is_kept(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four bytes for each of 32 numbers of every valid cell of all images, taken from the mean of those seen."""
-    system, samples, recipe, _ = parts
+    system, samples, recipe, tokenizer = parts
 
     def store() -> ImageStore:
-        return encode_images(system, samples, recipe.data, FP32, len(samples), lambda *_: None)
+        return encode_images(system, samples, recipe.data, tokenizer, FP32, len(samples), lambda *_: None)
 
     size = 4 * 32 * int(store().length.sum())
     for budget, kept in ((size, True), (size - 1, False)):
@@ -237,7 +237,7 @@ def test_soho_on_photographs_of_several_shapes(tmp_path: Path, monkeypatch: pyte
     assert result.protocol["resolution"] == "shorter side 48, longer at most 96, padded to multiples of 32"
     captions = [caption for sample in samples for caption in sample.captions]
     slow = []
-    for _, states in features.image_states(cast(System, system), samples, recipe.data, FP32, 4):
+    for _, states in features.image_states(cast(System, system), samples, recipe.data, tokenizer, FP32, 4):
         assert not states.mask.bool().all()
         for row in range(len(states.mask)):
             image = ImageStates(*(field[row : row + 1] for field in states))

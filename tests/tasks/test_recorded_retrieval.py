@@ -51,7 +51,7 @@ def test_score_matrices(path: Path) -> None:
     with torch.inference_mode():
         directions = stages.first_stage(system, images, texts, image_of_text, k, FP32)
     assert directions is not None
-    pairs = stages.score_pairs(system, images, texts, directions, FP32, ([], Data(), 4), lambda *_: None)
+    pairs = stages.score_pairs(system, images, texts, directions, FP32, ([], Data(), None, 4), lambda *_: None)
     for name, direction, transposed in (("t2i", directions[0], True), ("i2t", directions[1], False)):
         query = torch.arange(len(direction.rank))[:, None]
         pair = (direction.candidates, query) if transposed else (query, direction.candidates)

@@ -76,7 +76,7 @@ def run(system: Planted, image_of_text: Tensor, k: int) -> tuple[tuple[stages.Di
     images, texts = system.stores()
     found = stages.first_stage(system, images, texts, image_of_text, k, FP32)
     directions = found or stages.every_pair(image_of_text, len(images.pooled))
-    again = ([], Data(), 4)
+    again = ([], Data(), None, 4)
     pairs = stages.score_pairs(system, images, texts, directions, FP32, again, lambda *_: None)
     odds = torch.full(system.odds.shape, math.nan)
     odds[pairs.keys // pairs.captions, pairs.keys % pairs.captions] = pairs.logits[:, 1]

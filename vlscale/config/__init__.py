@@ -13,6 +13,7 @@ from vlscale.config.loading import (
     recipe_names,
     write_recipe,
 )
+from vlscale.config.mvptr import Itm, Mcr, MvptrSystem, Stacks, Vsc, Wpg
 from vlscale.config.recipe import Checkpoint, Evaluation, Rate, Recipe, Sgd, Train
 from vlscale.config.section import Section
 from vlscale.config.soho import Backbone, Dictionary, Joint, Mvm, Neck, SohoSystem
@@ -50,9 +51,12 @@ __all__ = [
     "Data",
     "Dictionary",
     "Evaluation",
+    "Itm",
     "Joint",
+    "Mcr",
     "MimOptions",
     "Mvm",
+    "MvptrSystem",
     "Neck",
     "PrototypeOptions",
     "Rate",
@@ -61,6 +65,7 @@ __all__ = [
     "Section",
     "Sgd",
     "SohoSystem",
+    "Stacks",
     "SystemConfig",
     "Teacher",
     "Text",
@@ -69,6 +74,8 @@ __all__ = [
     "Train",
     "TransportOptions",
     "Vision",
+    "Vsc",
+    "Wpg",
     "apply_override",
     "cache_dir",
     "load_recipe",

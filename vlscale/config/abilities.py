@@ -17,4 +17,6 @@ class Abilities(Section):
     second_view: ClassVar[bool] = False
     """Whether its teacher can see another crop."""
     concepts: ClassVar[bool] = False
-    """Whether it reads phrases, tags and regions."""
+    """Whether it reads phrases, tags and regions in place of pixels."""
+    stages: ClassVar[int] = 1
+    """Stages of its pre-training, one after the other; where there are several it has the key `stage`."""

@@ -8,6 +8,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from vlscale.config.section import PositiveShare, Section
 
+AUTO = "auto"
+"""Value of `concepts.phrases`: made of the training captions."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -88,7 +90,10 @@ class Concepts(Section):
     """
 
     phrases: str | None = None
-    """Vocabulary of phrases: written by `vlscale data phrases`, or MVPTR's id2phrase (.json). None: no phrases."""
+    """Vocabulary of phrases: written by `vlscale data phrases`, or MVPTR's id2phrase (.json); `auto` makes one of the
+    training captions, with the light extractor. None: no phrases."""
+    min_count: PositiveInt = 50
+    """Captions that a phrase of `phrases: auto` occurs in."""
     max_words: Annotated[int, Field(ge=3)] = 35
     """Word pieces of a text, [CLS] and [SEP] among them; what is longer is cut."""
     max_phrases: NonNegativeInt = 5
@@ -102,6 +107,11 @@ class Concepts(Section):
     pixels: PositiveInt | None = None
     """Side n of a square: samples without regions get their own boxes and the whole image, each resized to n × n pixels
     whose 3 · n · n normalised values are the feature. Needs no detector; meant for the embedded scenes."""
+
+    @property
+    def positions(self) -> int:
+        """Rows of the position table that texts and tags need."""
+        return max(self.max_words + self.max_phrases, self.max_tags)
 
     @model_validator(mode="after")
     def _pixels_fit(self) -> Concepts:

@@ -18,17 +18,6 @@ class Stacks(Bert):
     """Of each encoder; `fusion: merged` makes one encoder of twice as many."""
 
 
-class Lengths(Section):
-    """Positions kept per pair; what is longer is cut."""
-
-    words: PositiveInt = 35
-    """Word pieces of the text, [CLS] and [SEP] among them, as in the release."""
-    phrases: NonNegativeInt = 5
-    tags: PositiveInt = 20
-    """Word pieces of the object tags, [CLS] and [SEP] among them, as in the release."""
-    regions: PositiveInt = 50
-
-
 class Mcr(Section):
     """Masked concept recovering (section 3.2.1)."""
 
@@ -77,16 +66,15 @@ class MvptrSystem(Abilities):
     """MVPTR: words, phrases, tags and regions, aligned at several levels in two stages."""
 
     concepts: ClassVar[bool] = True
+    stages: ClassVar[int] = 2
 
     name: Literal["mvptr"] = "mvptr"
     text: Stacks = Field(default_factory=Stacks)
-    lengths: Lengths = Field(default_factory=Lengths)
-    region_width: PositiveInt = 2048
-    """Numbers of a region's feature, without the six of its box."""
     region_norm: bool = True
     """LayerNorm over the projected region."""
     stage: Literal[1, 2] = 2
-    """1: MCR and VSC (eq. 10), the multimodal encoder and its heads rest. 2: all losses (eq. 11)."""
+    """1: MCR and VSC (eq. 10), the multimodal encoder and its heads rest. 2: all losses (eq. 11). With `train.stages`
+    each stage sets it."""
     fusion: Literal["split", "merged"] = "split"
     """`split`: uni-modal encoders below the multimodal one. `merged`: one encoder over all tokens (Table 4)."""
     tags_in_fusion: bool = False
@@ -114,9 +102,6 @@ class MvptrSystem(Abilities):
                 f"wpg.layer {self.wpg.layer} does not exist: the multimodal encoder has layers 0 to "
                 f"{self.multimodal_layers - 1}"
             )
-        longest = max(self.lengths.words + self.lengths.phrases, self.lengths.tags)
-        if longest > self.text.max_positions:
-            raise ValueError(f"lengths need {longest} positions, text.max_positions is {self.text.max_positions}")
         if self.fusion == "merged" and self.stage == 1:
             raise ValueError("stage 1 trains the uni-modal encoders, which fusion: merged does not have: use stage 2")
         return self

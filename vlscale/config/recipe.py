@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from vlscale.config.data import Data
 from vlscale.config.section import Section, Share
@@ -12,17 +20,19 @@ from vlscale.config.systems import LOSSES, SystemConfig
 
 
 class Rate(Section):
-    """Learning rate over the run: a linear warm-up, then a cosine or steps."""
+    """Learning rate over the run: a linear warm-up, then a cosine, a line or steps."""
 
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
     warmup_lr: NonNegativeFloat = 1e-5
     """Learning rate at step 0, rising linearly to `lr` …"""
     warmup_steps: NonNegativeInt = 1000
-    """… in so many steps."""
-    schedule: Literal["cosine", "steps"] = "cosine"
+    """… in so many steps …"""
+    warmup_share: Share | None = None
+    """… or in this share of the run, which wins."""
+    schedule: Literal["cosine", "linear", "steps"] = "cosine"
     min_lr: NonNegativeFloat = 1e-5
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine or line."""
     milestones: tuple[PositiveFloat, ...] = ()
     """Epochs at which `steps` divides the rate by 10."""
 
@@ -49,7 +59,10 @@ class Train(Rate):
 
     epochs: PositiveFloat | None = 30
     max_steps: PositiveInt | None = None
-    """Optimizer steps; wins over `epochs`."""
+    """Optimizer steps, of each stage; wins over `epochs`."""
+    stages: tuple[PositiveFloat, ...] = ()
+    """Epochs of each stage, for a system that is trained in several: every one starts from the weights of the one
+    before, optimizer and schedule afresh. Wins over `epochs`; none: `system.stage` alone."""
     seed: NonNegativeInt = 0
     global_batch: PositiveInt = 512
     """Images per optimizer step over all ranks and accumulation steps."""
@@ -105,11 +118,40 @@ class Recipe(Section):
             raise ValueError(
                 f"weights: {', '.join(unknown)} is no loss of {self.system.name}; it has {', '.join(known)}"
             )
-        longest, rows = self.data.tokenizer.max_tokens, self.system.text.max_positions
-        if longest > rows:
-            raise ValueError(f"data.tokenizer.max_tokens: {longest} tokens, but system.text.max_positions is {rows}")
+        self._texts_fit()
         self._system_reads_it()
+        self._stages_fit()
         return self
+
+    def of_stage(self, stage: int) -> Recipe:
+        """The recipe of one stage alone, from 1."""
+        system = self.system.model_copy(update={"stage": stage})
+        train = self.train.model_copy(update={"stages": (), "epochs": self.train.stages[stage - 1]})
+        return self.model_copy(update={"system": system, "train": train})
+
+    @property
+    def final(self) -> Recipe:
+        """The recipe of what the run folder holds in the end: the last stage's, or itself."""
+        return self.of_stage(len(self.train.stages)) if self.train.stages else self
+
+    def _texts_fit(self) -> None:
+        rows, concepts = self.system.text.max_positions, self.data.concepts
+        longest = self.data.tokenizer.max_tokens if concepts is None else concepts.positions
+        if longest > rows:
+            key = "data.tokenizer.max_tokens" if concepts is None else "data.concepts"
+            raise ValueError(f"{key}: {longest} tokens, but system.text.max_positions is {rows}")
+
+    def _stages_fit(self) -> None:
+        stages, most = len(self.train.stages), self.system.stages
+        if stages and stages != most:
+            what = f"it has {most}" if most > 1 else "it has one: remove it, and set train.epochs"
+            raise ValueError(f"train.stages: {stages} stages of {self.system.name}, but {what}")
+        for stage in range(1, stages + 1):
+            try:
+                type(self.system).model_validate(self.system.model_dump() | {"stage": stage})
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"train.stages: {reason}, and remove train.stages") from None
 
     def _system_reads_it(self) -> None:
         """Keys that only some systems read are errors elsewhere."""
@@ -126,6 +168,8 @@ class Recipe(Section):
             )
         if self.data.concepts is not None and not system.concepts:
             raise ValueError(f"data.concepts: {system.name} reads no phrases, tags or regions: remove it")
+        if self.data.concepts is None and system.concepts:
+            raise ValueError(f"data.concepts: {system.name} reads phrases, tags and regions: give it, see mvptr_tiny")
         if self.data.second_view and not system.second_view:
             raise ValueError(f"data.second_view: {system.name} has no use for another crop: remove it")
         if self.train.backbone is not None and not hasattr(system, "backbone"):

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from vlscale.config.abilities import Abilities
 from vlscale.config.bert import Bert
+from vlscale.config.mvptr import MvptrSystem
 from vlscale.config.section import PositiveShare, Section, Share
 from vlscale.config.soho import SohoSystem
 from vlscale.config.upkeep import Upkeep
@@ -148,12 +149,15 @@ class CodisSystem(_VitSystem):
     codebook: PrototypeOptions = Field(default_factory=PrototypeOptions)
 
 
-SystemConfig = Annotated[AlbefSystem | CbVilaSystem | CodisSystem | SohoSystem, Field(discriminator="name")]
+SystemConfig = Annotated[
+    AlbefSystem | CbVilaSystem | CodisSystem | MvptrSystem | SohoSystem, Field(discriminator="name")
+]
 
 LOSSES: dict[str, tuple[str, ...]] = {
     "albef": ("itc", "itm", "mlm"),
     "cb_vila": ("itc", "itm", "mlm", "mim", "pixel", "codebook"),
     "codis": ("align", "itm", "mlm", "code"),
+    "mvptr": ("mcr_v", "mcr_s", "vsc", "itm", "mlm", "wpg"),
     "soho": ("itm", "mlm", "mvm"),
 }
 """Names that `weights` may use, per system; each system's test holds its forward to them."""

@@ -71,9 +71,14 @@ def load_phrases(concepts: Concepts) -> PhraseRows | None:
     return PhraseRows(PhraseVocabulary.from_id2phrase(path) if public else PhraseVocabulary.load(path))
 
 
-def with_phrases(vocabulary: Vocabulary, phrases: PhraseRows | None) -> Vocabulary:
-    """The vocabulary of words with the number of phrases."""
-    return replace(vocabulary, phrases=len(phrases or ()))
+def with_phrases(tokenizer: TextTokenizer, phrases: PhraseRows | None) -> Vocabulary:
+    """The vocabulary of words, with the word pieces of every phrase.
+
+    A phrase of which cleaning leaves nothing counts as [MASK].
+    """
+    vocabulary = tokenizer.vocabulary
+    pieces = tokenizer.pieces(phrases.texts) if phrases else []
+    return replace(vocabulary, phrase_pieces=tuple(tuple(one.ids) or (vocabulary.mask,) for one in pieces))
 
 
 class TextInputs(NamedTuple):

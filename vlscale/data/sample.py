@@ -125,8 +125,13 @@ class Vocabulary:
     cls: int
     sep: int
     mask: int
-    phrases: int = 0
-    """Phrase concepts beside the `size` words: phrase p has the id size + p."""
+    phrase_pieces: tuple[tuple[int, ...], ...] = ()
+    """Word pieces of each phrase concept; phrase p has the id size + p."""
+
+    @property
+    def phrases(self) -> int:
+        """Phrase concepts beside the `size` words."""
+        return len(self.phrase_pieces)
 
 
 @dataclass(slots=True)

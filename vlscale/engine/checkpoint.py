@@ -41,6 +41,8 @@ class State:
     skipped_steps: int = 0
     skipped_images: int = 0
     bad_in_a_row: int = 0
+    total_steps: int = 0
+    """Of the whole run; 0 where an older version wrote this."""
     data: str = ""
     """How many samples there were and how they lay together: another data set would go on at another place."""
     version: str = __version__

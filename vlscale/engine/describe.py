@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlscale.config import Recipe
+from vlscale.config import Concepts, Recipe, Train
+from vlscale.config.data import AUTO
+from vlscale.data.concepts import load_phrases
 from vlscale.data.open import is_here, read_data, training_split
 from vlscale.data.sample import Vocabulary
 from vlscale.engine import build
@@ -55,8 +58,16 @@ def _on_meta(recipe: Recipe) -> nn.Module:
     """The system without storage; a vocabulary still to be trained counts with its upper limit."""
     size = recipe.data.tokenizer.vocab_size
     vocabulary = Vocabulary(size, *range(_SPECIAL_TOKENS - 1))
+    vocabulary = replace(vocabulary, phrase_pieces=((0,),) * _count_phrases(recipe.data.concepts))
     with torch.device("meta"):
         return build_system(without_downloads(recipe), vocabulary)
+
+
+def _count_phrases(concepts: Concepts | None) -> int:
+    """Of a vocabulary that is there already; one still to be made of the captions counts nothing."""
+    if concepts is None or concepts.phrases == AUTO:
+        return 0
+    return len(load_phrases(concepts) or ())
 
 
 def _parameters(module: nn.Module) -> int:
@@ -67,15 +78,25 @@ def _steps(recipe: Recipe) -> dict[str, Any]:
     samples = _count_samples(recipe)
     known = samples is not None
     per_epoch = samples / recipe.train.global_batch if samples is not None else None
-    total: Any = recipe.train.max_steps
-    if total is None:
-        total = total_steps(recipe.train, per_epoch) if per_epoch else "unknown: depends on the data"
+    stages = [recipe.of_stage(number + 1).train for number in range(len(recipe.train.stages))] or [recipe.train]
+    totals = [_total(train, per_epoch) for train in stages]
+    epochs = [
+        train.epochs if train.max_steps is None else total / per_epoch if per_epoch and isinstance(total, int) else None
+        for train, total in zip(stages, totals, strict=True)
+    ]
+    one = len(stages) == 1
     return {
         "training images": samples if known else "unknown: the data is not there yet",
         "steps per epoch": per_epoch,
-        "epochs": recipe.train.epochs if recipe.train.max_steps is None else total / per_epoch if per_epoch else None,
-        "total": total,
+        "epochs": epochs[0] if one else epochs,
+        "total": totals[0] if one else totals,
     }
+
+
+def _total(train: Train, per_epoch: float | None) -> int | str:
+    if train.max_steps is None and per_epoch is None:
+        return "unknown: depends on the data"
+    return total_steps(train, per_epoch or 0.0)
 
 
 def _count_samples(recipe: Recipe) -> int | None:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlscale import distributed
 from vlscale.config import LOSSES, Recipe
+from vlscale.data.captions import vocabulary_of
 from vlscale.data.images import normalize_batch
 from vlscale.data.open import read_data, training_split
 from vlscale.data.order import layout_of
@@ -28,6 +29,7 @@ from vlscale.engine.tally import Tally
 from vlscale.engine.writer import EngineWriter
 from vlscale.errors import UserError
 from vlscale.interop import layout
+from vlscale.interop.export import load_weights
 from vlscale.systems.protocol import Progress
 from vlscale.systems.registry import build_system
 
@@ -81,6 +83,7 @@ def pretrain(
     resume: str | None = None,
     threads: int | None = None,
     stop_after: int | None = None,
+    weights: Path | None = None,
 ) -> RunResult:
     """Train the recipe's system; every rank calls this.
 
@@ -90,20 +93,21 @@ def pretrain(
         resume: None for a new run, `auto`, or a run or checkpoint folder.
         threads: CPU threads of this rank.
         stop_after: save and return after this step, as if interrupted there; the schedule stays the recipe's.
+        weights: checkpoint of another run, whose weights, tokenizer and phrases a new run starts with.
 
     Raises:
         UserError: input that can't be trained on, or `train.max_bad_steps` non-finite steps in a row.
     """
     started = time.monotonic()
     distributed.init_from_environment()
-    run = _set_up(start.absolute_paths(recipe), ds_config, Path(out), resume, start.set_threads(threads))
+    run = _set_up(start.absolute_paths(recipe), ds_config, Path(out), resume, start.set_threads(threads), weights)
     last = run.total_steps if stop_after is None else min(stop_after, run.total_steps)
     row = _train(run, last)
     finished, seconds = run.state.step >= run.total_steps, time.monotonic() - started
     return RunResult(run.out, run.state.step, finished, run.newest, row, seconds)
 
 
-def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threads: int) -> Run:
+def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threads: int, weights: Path | None) -> Run:
     say = print if distributed.rank() == 0 else _silent
     if distributed.rank() > 0:
         logging.getLogger("vlscale").setLevel(logging.ERROR)  # what the data lacks is said once, not by every rank
@@ -117,18 +121,25 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
         samples = training_split(read_data(recipe.data))  # before the folder is made: a mistake leaves nothing behind
     data = layout_of(samples.parts())
     origin = start.find_origin(recipe, choice, out, resume, data, say)
+    if origin.checkpoint is None:
+        origin = replace(origin, weights=weights)
     tokenizer = start.make_tokenizer(recipe, samples, out, origin)
+    section = start.own_phrases(recipe.data, samples, out, origin)
 
     torch.manual_seed(recipe.train.seed)
     device = distributed.device()
-    system = build_system(recipe, tokenizer.vocabulary).to(device).train()
+    system = build_system(recipe, vocabulary_of(tokenizer, section))
+    if origin.weights is not None:
+        load_weights(system, origin.weights / layout.MODEL)
+        say(f"weights of {origin.weights}")
+    system.to(device).train()
     system.place(device)  # type: ignore[operator]
     engine = build.build_engine(system, config, choice, recipe.train)
     if origin.checkpoint is not None:
         checkpoint.load(engine, system, origin.checkpoint)
     stream = Stream(
         samples,
-        recipe.data,
+        section,
         tokenizer,
         seed=recipe.train.seed,
         global_batch=plan.global_batch,
@@ -147,6 +158,7 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
         seed=recipe.train.seed,
         image_size=recipe.data.image_size,
         threads=threads,
+        total_steps=total,
         data=data,
     )
     if state.threads != threads:

@@ -13,16 +13,18 @@ from vlscale.errors import UserError
 def learning_rate(rate: Rate, step: int, total_steps: int, steps_per_epoch: float) -> float:
     """Rate of the optimizer step that follows `step` finished ones.
 
-    Linear from `warmup_lr` to `lr` over `warmup_steps`; then a cosine to `min_lr` at `total_steps`, or, with `steps`,
-    `lr` divided by 10 from each of the `milestones` on.
+    Linear from `warmup_lr` to `lr` over the warm-up; then a cosine or a line to `min_lr` at `total_steps`, or, with
+    `steps`, `lr` divided by 10 from each of the `milestones` on.
     """
-    if step < rate.warmup_steps:
-        return rate.warmup_lr + (rate.lr - rate.warmup_lr) * step / rate.warmup_steps
+    warmup = rate.warmup_steps if rate.warmup_share is None else round(rate.warmup_share * total_steps)
+    if step < warmup:
+        return rate.warmup_lr + (rate.lr - rate.warmup_lr) * step / warmup
     if rate.schedule == "steps":
         passed = sum(step >= round(milestone * steps_per_epoch) for milestone in rate.milestones)
         return rate.lr / 10**passed
-    done = (step - rate.warmup_steps) / max(1, total_steps - rate.warmup_steps)
-    return rate.min_lr + 0.5 * (rate.lr - rate.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    left = 1 - done if rate.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return rate.min_lr + (rate.lr - rate.min_lr) * left
 
 
 def total_steps(train: Train, steps_per_epoch: float) -> int:

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from vlscale import distributed
-from vlscale.config import Recipe, load_recipe, write_recipe
-from vlscale.data.corpus import as_corpus
+from vlscale.config import Data, Recipe, load_recipe, write_recipe
+from vlscale.config.data import AUTO
+from vlscale.data.concepts import load_phrases
+from vlscale.data.corpus import Corpus, as_corpus
 from vlscale.data.open import absolute
+from vlscale.data.phrases import frequent_phrases
 from vlscale.data.sample import Sample
 from vlscale.data.text import TextTokenizer, build_tokenizer
 from vlscale.engine import checkpoint
@@ -31,6 +34,14 @@ class Origin:
     checkpoint: Path | None = None
     step: int = 0
     state: State | None = None
+    weights: Path | None = None
+    """Checkpoint of another run, whose weights this one starts with."""
+
+    @property
+    def run(self) -> Path | None:
+        """Folder of the run that tokenizer and phrases are taken from."""
+        source = self.checkpoint or self.weights
+        return None if source is None else source.parent.parent
 
 
 def set_threads(threads: int | None) -> int:
@@ -48,7 +59,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         "path": None if data.path is None else absolute(data.path),
         "image_root": _absolute(data.image_root),
     }
-    if data.concepts is not None:
+    if data.concepts is not None and data.concepts.phrases != AUTO:
         paths["concepts"] = data.concepts.model_copy(update={"phrases": _absolute(data.concepts.phrases)})
     return recipe.model_copy(update={"data": data.model_copy(update=paths)})
 
@@ -87,8 +98,8 @@ def make_tokenizer(recipe: Recipe, samples: Sequence[Sample], out: Path, origin:
     folder = out / layout.TOKENIZER
 
     def provide() -> None:
-        if origin.checkpoint is not None:
-            source = origin.checkpoint.parent.parent / layout.TOKENIZER
+        if origin.run is not None:
+            source = origin.run / layout.TOKENIZER
             if source.resolve() != folder.resolve():
                 shutil.copytree(source, folder, dirs_exist_ok=True)
             return
@@ -97,6 +108,32 @@ def make_tokenizer(recipe: Recipe, samples: Sequence[Sample], out: Path, origin:
 
     distributed.on_main(provide)
     return TextTokenizer.load(folder)
+
+
+def own_phrases(data: Data, samples: Corpus, out: Path, origin: Origin) -> Data:
+    """The data with the run's own vocabulary of phrases: rank 0 makes or copies it, every rank reads the same file.
+
+    Raises:
+        UserError: the vocabulary can't be read, or no phrase of the captions is frequent enough.
+    """
+    concepts = data.concepts
+    if concepts is None or concepts.phrases is None:
+        return data
+    given = layout.phrases_of(origin.run) if origin.run is not None else Path(concepts.phrases)
+    if given is None:
+        raise UserError(f"{origin.run}: the run has lost its phrases; expected {' or '.join(layout.PHRASES)} in it")
+    public = given.suffix == ".json"
+    own = out / layout.PHRASES[public]
+
+    def provide() -> None:
+        if origin.run is None and concepts.phrases == AUTO:
+            frequent_phrases(samples, concepts.min_count).save(own)
+        elif given.resolve() != own.resolve():
+            load_phrases(concepts.model_copy(update={"phrases": str(given)}))  # a mistake in it is named here
+            layout.write_text(own, given.read_text(encoding="utf-8"))
+
+    distributed.on_main(provide)
+    return data.model_copy(update={"concepts": concepts.model_copy(update={"phrases": str(own)})})
 
 
 def _find_origin(

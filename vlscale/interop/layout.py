@@ -1,8 +1,9 @@
 """Where things lie in a run folder, and which of its checkpoints are complete.
 
-RUN/recipe.yaml  ds_config.json  tokenizer/  metrics.jsonl  metrics.csv  skipped_images.txt
+RUN/recipe.yaml  ds_config.json  tokenizer/  phrases.jsonl  metrics.jsonl  metrics.csv  skipped_images.txt
 RUN/checkpoints/step-00001200/   DeepSpeed's shards, model.safetensors, carried.safetensors, state.json, COMPLETE
 RUN/checkpoints/latest           name of the newest complete one
+RUN/stage-1/                     of a run in stages: a run folder of the stage before
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 RECIPE = "recipe.yaml"
 DS_CONFIG = "ds_config.json"
 TOKENIZER = "tokenizer"
+PHRASES = ("phrases.jsonl", "phrases.json")
+"""The vocabulary of phrases, where there is one: ours or MVPTR's."""
 METRICS_JSONL = "metrics.jsonl"
 METRICS_CSV = "metrics.csv"
 SKIPPED_IMAGES = "skipped_images.txt"
@@ -39,6 +42,16 @@ def step_of(checkpoint: Path) -> int | None:
     """Step in a checkpoint's folder name; None when it is no checkpoint's name."""
     match = _TAG.fullmatch(checkpoint.name)
     return int(match[1]) if match else None
+
+
+def phrases_of(run: Path) -> Path | None:
+    """A run's own vocabulary of phrases; None where it has none."""
+    return next((run / name for name in PHRASES if (run / name).is_file()), None)
+
+
+def stage_folder(run: Path, stage: int, stages: int) -> Path:
+    """Run folder of a stage, from 1; the last one's is the run folder itself."""
+    return run if stage == stages else run / f"stage-{stage}"
 
 
 def all_checkpoints(run: Path) -> list[Path]:

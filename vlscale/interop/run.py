@@ -10,6 +10,7 @@ from torch import nn
 
 from vlscale import distributed
 from vlscale.config import Recipe, load_recipe
+from vlscale.data.captions import vocabulary_of
 from vlscale.data.open import evaluation_split, read_data
 from vlscale.data.sample import Sample
 from vlscale.data.text import TextTokenizer
@@ -40,10 +41,10 @@ def load_run(path: str | Path, device: str | None = None) -> Run:
         UserError: no run there, no complete checkpoint, or weights that don't fit the recipe.
     """
     folder, checkpoint = find_checkpoint(Path(path))
-    recipe = without_downloads(load_recipe(str(folder / layout.RECIPE)))
+    recipe = _with_own_phrases(without_downloads(load_recipe(str(folder / layout.RECIPE))), folder)
     tokenizer = TextTokenizer.load(folder / layout.TOKENIZER)
     place = torch.device(device) if device else distributed.device()
-    system = build_system(recipe, tokenizer.vocabulary)
+    system = build_system(recipe, vocabulary_of(tokenizer, recipe.data))
     load_weights(system, checkpoint / layout.MODEL)
     system.load_carried_state(read_tensors(checkpoint / layout.CARRIED))  # type: ignore[operator]
     system.to(place).eval()
@@ -87,6 +88,18 @@ def run_samples(
     elif image_root is not None:
         section = section.model_copy(update={"image_root": image_root})
     return evaluation_split(read_data(section), split)
+
+
+def _with_own_phrases(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the run's own vocabulary of phrases: the one it was made from may have changed since."""
+    concepts = recipe.data.concepts
+    if concepts is None or concepts.phrases is None:
+        return recipe
+    own = layout.phrases_of(folder)
+    if own is None:
+        raise UserError(f"{folder}: the run has lost its phrases; expected {' or '.join(layout.PHRASES)} in it")
+    data = recipe.data.model_copy(update={"concepts": concepts.model_copy(update={"phrases": str(own)})})
+    return recipe.model_copy(update={"data": data})
 
 
 def without_downloads(recipe: Recipe) -> Recipe:

@@ -37,10 +37,10 @@ class Fused(NamedTuple):
 class ConceptEmbeddings(nn.Module):
     """One table for words, tags and phrases, positions, two segments, LayerNorm, dropout."""
 
-    def __init__(self, config: Bert, vocabulary: Vocabulary, phrases: int) -> None:
+    def __init__(self, config: Bert, vocabulary: Vocabulary) -> None:
         super().__init__()
-        self.words, self.phrases, self.pad = vocabulary.size, phrases, vocabulary.pad
-        self.word_embeddings = nn.Embedding(self.words + phrases, config.width, padding_idx=vocabulary.pad)
+        self.words, self.pad = vocabulary.size, vocabulary.pad
+        self.word_embeddings = nn.Embedding(self.words + vocabulary.phrases, config.width, padding_idx=vocabulary.pad)
         self.position_embeddings = nn.Embedding(config.max_positions, config.width)
         self.token_type_embeddings = nn.Embedding(2, config.width)
         self.LayerNorm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
@@ -68,19 +68,18 @@ class ConceptEmbeddings(nn.Module):
         return self.word_embeddings.weight[self.words :]
 
     @torch.no_grad()
-    def start_phrases(self, pieces: Tensor) -> None:
+    def start_phrases(self, pieces: Sequence[Sequence[int]]) -> None:
         """Every phrase's embedding becomes the mean of its words' (section 3.1.1).
 
         Args:
-            pieces: [phrases, n] int64, word pieces of each phrase, filled up by the padding id.
-
-        Raises:
-            ValueError: another number of phrases, or one without pieces.
+            pieces: word pieces of each phrase of the vocabulary, at least one.
         """
+        if not pieces:
+            return
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in pieces], batch_first=True, padding_value=self.pad)
         table = self.word_embeddings.weight
-        if len(pieces) != self.phrases or bool(pieces.eq(self.pad).all(1).any()):
-            raise ValueError(f"expected the pieces of {self.phrases} phrases, none empty, not {list(pieces.shape)}")
-        table[self.words :] = nn.functional.embedding_bag(pieces, table, mode="mean", padding_idx=self.pad)
+        rows = nn.functional.embedding_bag(ids.to(table.device), table, mode="mean", padding_idx=self.pad)
+        self.phrase_rows().copy_(rows)
 
 
 class RegionEmbedding(nn.Module):
@@ -126,12 +125,12 @@ class MvpEncoder(nn.Module):
     (Table 4): attention does not ask in which order words, phrases, tags and regions stand.
     """
 
-    def __init__(self, config: MvptrSystem, vocabulary: Vocabulary, phrases: int) -> None:
+    def __init__(self, config: MvptrSystem, region_width: int, vocabulary: Vocabulary) -> None:
         super().__init__()
         sizes, merged, again = config.text, config.fusion == "merged", config.checkpoint_activations
         alone = 0 if merged else sizes.layers
-        self.embeddings = ConceptEmbeddings(sizes, vocabulary, phrases)
-        self.regions = RegionEmbedding(sizes, config.region_width, config.region_norm)
+        self.embeddings = ConceptEmbeddings(sizes, vocabulary)
+        self.regions = RegionEmbedding(sizes, region_width, config.region_norm)
         self.textual = _Stack(sizes, alone, again)
         self.visual = _Stack(sizes, alone, again)
         self.multimodal = _Stack(sizes, config.multimodal_layers, again)

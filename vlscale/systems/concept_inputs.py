@@ -46,8 +46,7 @@ def mask_inputs(
     words = mask_concepts(batch.input_ids, ~plain & (places == 0), vocabulary.mask, everything, probability, generator)
     rows = (vocabulary.size, vocabulary.size + max(phrases, 1))
     concepts = mask_concepts(words.input_ids, places > 0, vocabulary.mask, rows, config.mcr.phrases, generator)
-    touched = ((words.labels != IGNORED)[:, None] & given(batch.phrase_words)).any(2)  # [B, P], by a hidden word
-    away = F.pad(touched, (1, 0)).gather(1, places)  # [B, L]
+    away = phrases_saying(batch, words.labels != IGNORED)
     labels = torch.where(away | (concepts.labels == IGNORED), IGNORED, concepts.labels - vocabulary.size)
     hidden = (concepts.labels != IGNORED) | away
     tag_places = given(batch.tag_places) > 0
@@ -60,6 +59,12 @@ def mask_inputs(
         tag_ids=tags.input_ids,
         tag_labels=tags.labels,
     )
+
+
+def phrases_saying(batch: Batch, words: Tensor) -> Tensor:
+    """Where phrases stand that contain one of these words, which they would give away; [B, L] bool → [B, L] bool."""
+    touched = (words[:, None] & given(batch.phrase_words)).any(2)  # [B, P]
+    return F.pad(touched, (1, 0)).gather(1, given(batch.phrase_places))
 
 
 def given(field: Tensor | None) -> Tensor:

@@ -54,15 +54,19 @@ class _Paired(NamedTuple):
 class Mvptr(nn.Module):
     """Nothing is carried beside the parameters: no teacher, no queue, no codebook."""
 
-    def __init__(self, config: MvptrSystem, vocabulary: Vocabulary, phrases: int) -> None:
-        """`phrases` is how many the data's vocabulary has; 0 leaves out what reads them."""
+    def __init__(self, config: MvptrSystem, region_width: int, vocabulary: Vocabulary) -> None:
+        """A vocabulary without phrases leaves out what reads them.
+
+        Args:
+            region_width: numbers of a region's feature, without the six of its box.
+        """
         super().__init__()
-        self.config, self.vocabulary, self.phrases = config, vocabulary, phrases
+        self.config, self.vocabulary, self.phrases = config, vocabulary, vocabulary.phrases
         width = config.text.width
-        self.encoder = MvpEncoder(config, vocabulary, phrases)
+        self.encoder = MvpEncoder(config, region_width, vocabulary)
         self.tag_head = ConceptHead(width, vocabulary.size)
         self.word_head = ConceptHead(width, vocabulary.size)
-        self.phrase_head = MlmHead(width, phrases)
+        self.phrase_head = MlmHead(width, vocabulary.phrases)
         self.itm_head = nn.Linear(width, 2)
         self.contrasts = config.fusion == "split"
         if self.contrasts:
@@ -70,6 +74,7 @@ class Mvptr(nn.Module):
             self.logit_scale = nn.Parameter(-torch.tensor(config.vsc.temperature).log())
         if config.text.init != "random":
             load_regional(config.text.init, self.encoder, (self.tag_head, self.word_head))
+        self.encoder.embeddings.start_phrases(vocabulary.phrase_pieces)
         if config.stage == 1:
             self._leave_out_fusion()
 

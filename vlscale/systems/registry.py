@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vlscale.config import AlbefSystem, CbVilaSystem, CodisSystem, Recipe, SohoSystem
+from vlscale.config import AlbefSystem, CbVilaSystem, CodisSystem, MvptrSystem, Recipe, SohoSystem
 from vlscale.data.sample import Vocabulary
 
 
@@ -27,4 +27,9 @@ def build_system(recipe: Recipe, vocabulary: Vocabulary) -> nn.Module:
         from vlscale.systems.soho import Soho
 
         return Soho(config, size, vocabulary)
+    if isinstance(config, MvptrSystem):
+        from vlscale.systems.mvptr import Mvptr
+
+        assert recipe.data.concepts is not None
+        return Mvptr(config, recipe.data.concepts.region_width, vocabulary)
     raise AssertionError(f"unregistered system {config.name}")

@@ -40,8 +40,18 @@ def describe_data(recipe: Recipe) -> str:
     return recipe.data.path or f"embedded scenes (train {scenes.train}, test {scenes.test}, seed {scenes.seed})"
 
 
+def max_tokens(data: Data) -> int:
+    """Positions of a text."""
+    return data.tokenizer.max_tokens if data.concepts is None else data.concepts.max_words + data.concepts.max_phrases
+
+
 def resolution(data: Data) -> int | str:
-    """Side of the square input in pixels, or how inputs that keep their aspect ratio are resized and padded."""
+    """Side of the square input in pixels, or how inputs that keep their aspect ratio are resized and padded, or what
+    is read in place of pixels."""
+    if data.concepts is not None:
+        side = data.concepts.pixels
+        own = "" if side is None else f", of images without any the own boxes at {side} × {side} pixels"
+        return f"up to {data.concepts.max_regions} regions{own}"
     if data.aspect is None:
         return data.image_size
     aspect = data.aspect

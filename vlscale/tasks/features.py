@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlscale.config import Data
+from vlscale.data.captions import CaptionEncoder
 from vlscale.data.images import normalize_batch
 from vlscale.data.sample import Batch, Sample
 from vlscale.data.stream import evaluation_batches
@@ -115,7 +116,13 @@ def pooled_only(pooled: Tensor, kind: type[ImageStates] | type[TextStates]) -> I
 
 @torch.inference_mode()
 def encode_images(
-    system: System, samples: list[Sample], data: Data, precision: Precision, batch_size: int, on_progress: OnProgress
+    system: System,
+    samples: list[Sample],
+    data: Data,
+    tokenizer: TextTokenizer,
+    precision: Precision,
+    batch_size: int,
+    on_progress: OnProgress,
 ) -> ImageStore:
     """Pooled features of every readable image, and the tokens where all of them fit into `IMAGE_TOKEN_BUDGET`."""
     pooled: list[Tensor] = []
@@ -124,7 +131,7 @@ def encode_images(
     kept: list[int] = []
     skipped: list[str] = []
     keep, size = True, 0
-    for batch, states in image_states(system, samples, data, precision, batch_size):
+    for batch, states in image_states(system, samples, data, tokenizer, precision, batch_size):
         mask = states.mask.cpu().bool()  # [B, N]
         pooled.append(states.pooled.float().cpu())
         lengths.append(mask.sum(dim=1))
@@ -144,10 +151,15 @@ def encode_images(
 
 
 def image_states(
-    system: System, samples: list[Sample], data: Data, precision: Precision, batch_size: int
+    system: System,
+    samples: list[Sample],
+    data: Data,
+    tokenizer: TextTokenizer,
+    precision: Precision,
+    batch_size: int,
 ) -> Iterator[tuple[Batch, ImageStates]]:
     """Batches of readable images in the order of the samples, and their states, on the precision's device."""
-    for loaded in evaluation_batches(samples, data, batch_size):
+    for loaded in evaluation_batches(samples, data, batch_size, tokenizer):
         batch = normalize_batch(loaded.to(precision.device), data)
         with precision.autocast():
             states = system.encode_image(batch)
@@ -158,13 +170,14 @@ def image_states(
 def encode_texts(
     system: System,
     captions: list[str],
-    tokenizer: TextTokenizer,
+    encode: CaptionEncoder,
     precision: Precision,
     batch_size: int,
     on_progress: OnProgress,
 ) -> TextStore:
     """Every caption once, in batches of similar length so that little padding is computed."""
-    input_ids, mask = tokenizer.encode(captions)  # [T, L]
+    fields = encode(captions)
+    input_ids, mask = fields["input_ids"], fields["attention_mask"]  # [T, L]
     length = mask.sum(dim=1)
     order = torch.argsort(length, stable=True)
     pooled: list[Tensor] = []

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from vlscale import distributed
-from vlscale.config import Aspect, Recipe, load_recipe, recipe_names
+from vlscale.config import Aspect, Concepts, Recipe, load_recipe, recipe_names
 from vlscale.data.bench import Spread
 from vlscale.data.sample import Batch, Vocabulary
 from vlscale.errors import UserError
@@ -186,16 +187,35 @@ def make_inputs(subject: Subject, height: int, width: int, tokens: int, batch: i
     if tokens > positions:
         raise UserError(f"--tokens {tokens}: {recipe.name} has positions for {positions} at most")
     sizes = None
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(subject.vocabulary.size, (batch, tokens), generator=generator)
+    if recipe.data.concepts is not None:
+        return _concepts(recipe.data.concepts, words, subject.vocabulary, generator).to(device)
     if recipe.system.padded_inputs:
         multiple = (recipe.data.aspect or Aspect()).multiple
         shape = [-(-side // multiple) * multiple for side in (height, width)]
         sizes = torch.tensor([[height, width]]).expand(batch, 2)
     else:
         shape = [recipe.data.image_size] * 2
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(subject.vocabulary.size, (batch, tokens), generator=generator)
     images = torch.randn(batch, 3, *shape, generator=generator)
     return Batch(images, words, torch.ones_like(words), torch.arange(batch), image_sizes=sizes).to(device)
+
+
+def _concepts(concepts: Concepts, words: Tensor, vocabulary: Vocabulary, generator: torch.Generator) -> Batch:
+    """Words, and as many tags and regions as there may be; no image is read."""
+    size = len(words)
+    tags = torch.randint(vocabulary.size, (size, concepts.max_tags), generator=generator)
+    regions = torch.randn(size, concepts.max_regions, concepts.region_width + 6, generator=generator)
+    return Batch(
+        torch.empty(size, 3, 0, 0),
+        words,
+        torch.ones_like(words),
+        torch.arange(size),
+        tag_ids=tags,
+        tag_mask=torch.ones_like(tags),
+        regions=regions,
+        region_mask=torch.ones(regions.shape[:2], dtype=torch.int64),
+    )
 
 
 def system_stages(system: System, batch: Batch, precision: Precision) -> tuple[list[Stage], int]:

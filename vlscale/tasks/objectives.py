@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlscale.codebooks.health import count_codes, entropy
 from vlscale.config import Recipe
+from vlscale.data.captions import CaptionEncoder
 from vlscale.data.images import normalize_batch
 from vlscale.data.sample import Batch, Sample
 from vlscale.data.stream import evaluation_batches
@@ -28,6 +29,7 @@ from vlscale.interop.run import load_run, run_samples
 from vlscale.objectives.matching import draw_negatives, itm_accuracy, valid_rows
 from vlscale.objectives.patches import draw_patch_mask
 from vlscale.objectives.reconstruction import mim_loss
+from vlscale.systems.concept_inputs import phrases_saying
 from vlscale.systems.protocol import System, TextStates
 from vlscale.tasks.card import origin, resolution, split_hash
 
@@ -126,13 +128,13 @@ def _pairs(
 ) -> Iterator[Batch]:
     """Normalised batches of at least two pairs, one caption each."""
     captions = {sample.id: sample.captions[rng.integers(len(sample.captions))] for sample in samples if sample.captions}
-    first = 0
-    for images in evaluation_batches([s for s in samples if s.captions], recipe.data, BATCH):
+    first, encode = 0, CaptionEncoder(recipe.data, tokenizer)
+    for images in evaluation_batches([s for s in samples if s.captions], recipe.data, BATCH, tokenizer):
         texts = [captions[name] for name in images.sample_ids]
-        ids, mask = tokenizer.encode(texts)
         size = len(texts)
         numbers = torch.arange(first, first + size)
-        batch = replace(images, input_ids=ids, attention_mask=mask, image_ids=numbers, texts=texts)
+        fields: dict[str, Any] = encode(texts)
+        batch = replace(images, **fields, image_ids=numbers, texts=texts)
         first += size
         if size > 1:
             yield normalize_batch(batch.to(device), recipe.data)
@@ -160,6 +162,10 @@ def _probe_words(system: System, batch: Batch, tokenizer: TextTokenizer, rng: np
     ids = batch.input_ids.clone()
     labels = ids[rows, columns]
     ids[rows, columns] = tokenizer.vocabulary.mask
+    if batch.phrase_words is not None:
+        hidden = torch.zeros_like(ids, dtype=torch.bool)
+        hidden[rows, columns] = True
+        ids = ids.masked_fill(phrases_saying(batch, hidden), tokenizer.vocabulary.mask)
     masked = replace(batch, input_ids=ids)
     image, text = system.encode_image(batch), system.encode_text(masked)
     other = type(image)(*(value.roll(1, dims=0) for value in image))
@@ -180,7 +186,11 @@ def _content_position(tokenizer: TextTokenizer, ids: Tensor, rng: np.random.Gene
     candidates = [
         position
         for position, (value, token) in enumerate(zip(values, tokens, strict=True))
-        if value not in special and token not in FUNCTION_WORDS and not token.startswith("##") and whole[position]
+        if value < vocabulary.size  # a word, no phrase
+        and value not in special
+        and token not in FUNCTION_WORDS
+        and not token.startswith("##")
+        and whole[position]
     ]
     return int(rng.choice(candidates)) if candidates else None
 

@@ -16,13 +16,14 @@ from rich.table import Table
 from torch import Tensor
 
 from vlscale.config import Recipe
+from vlscale.data.captions import CaptionEncoder
 from vlscale.data.sample import Sample
 from vlscale.data.text import TextTokenizer
 from vlscale.errors import UserError
 from vlscale.interop.layout import write_json
 from vlscale.interop.run import load_run, run_samples
 from vlscale.systems.protocol import System
-from vlscale.tasks.card import origin, resolution, split_hash
+from vlscale.tasks.card import max_tokens, origin, resolution, split_hash
 from vlscale.tasks.features import OnMessage, OnProgress, Precision, encode_images, encode_texts
 from vlscale.tasks.recall import CUTOFFS, both_ways, chance
 from vlscale.tasks.stages import (
@@ -132,14 +133,14 @@ def evaluate_retrieval(
     progress = on_progress or (lambda stage, done, total: None)
     precision = Precision.of(torch.device(device))
     asked, samples = _asked(samples, first)
-    images = encode_images(system, samples, recipe.data, precision, batch_size, progress)
+    images = encode_images(system, samples, recipe.data, tokenizer, precision, batch_size, progress)
     samples = [samples[index] for index in images.kept]
     captions, image_of_text = _captions(samples)
-    texts = encode_texts(system, captions, tokenizer, precision, batch_size, progress)
+    texts = encode_texts(system, captions, CaptionEncoder(recipe.data, tokenizer), precision, batch_size, progress)
     with torch.inference_mode():
         stage = first_stage(system, images, texts, image_of_text, rerank, precision)
     directions = stage or every_pair(image_of_text, len(samples))
-    again = (samples, recipe.data, batch_size)
+    again = (samples, recipe.data, tokenizer, batch_size)
     if stage is None:
         progress = with_estimate(progress, on_message or (lambda line: None))
     pairs = score_pairs(system, images, texts, directions, precision, again, progress)
@@ -230,6 +231,6 @@ def _card(
         "ties": TIES,
         "chance": chance(per_image),
         "precision": str(precision),
-        "max_tokens": recipe.data.tokenizer.max_tokens,
+        "max_tokens": max_tokens(recipe.data),
         "seed": recipe.train.seed,
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlscale.config import Data
 from vlscale.data.sample import Sample
+from vlscale.data.text import TextTokenizer
 from vlscale.errors import UserError
 from vlscale.systems.protocol import ImageStates, System, TextStates
 from vlscale.tasks.features import (
@@ -25,6 +26,9 @@ from vlscale.tasks.features import (
     without_padding,
 )
 from vlscale.tasks.recall import ranks
+
+Again = tuple[list[Sample], Data, TextTokenizer, int]
+"""Samples, data section, tokenizer and batch size."""
 
 SCORES_AT_ONCE = 1 << 20
 """Entries of the similarity matrix that exist at a time: 4 MB in fp32, which stay in a CPU's cache."""
@@ -142,13 +146,13 @@ def score_pairs(
     texts: TextStore,
     directions: tuple[Direction, Direction],
     precision: Precision,
-    again: tuple[list[Sample], Data, int],
+    again: Again,
     on_progress: OnProgress,
 ) -> PairScores:
     """ITM over the union of both directions' candidates, image by image, so that an image is read once.
 
     Args:
-        again: samples, data section and batch size, to encode the images anew where their tokens were not kept.
+        again: to encode the images anew where their tokens were not kept.
 
     Raises:
         UserError: a logit is not finite.
@@ -231,15 +235,13 @@ def _score_image(system: System, image: ImageStates, texts: TextStore, index: Te
     return logits.cpu()
 
 
-def _each_image(
-    system: System, images: ImageStore, precision: Precision, again: tuple[list[Sample], Data, int]
-) -> Iterator[ImageStates]:
+def _each_image(system: System, images: ImageStore, precision: Precision, again: Again) -> Iterator[ImageStates]:
     if images.tokens is not None:
         for index in range(len(images.pooled)):
             yield images.states(index, precision.device)
         return
-    samples, data, batch_size = again
-    for _, states in image_states(system, samples, data, precision, batch_size):
+    samples, data, tokenizer, batch_size = again
+    for _, states in image_states(system, samples, data, tokenizer, precision, batch_size):
         for row in range(len(states.pooled)):
             yield without_padding(states, row)
 

@@ -1,7 +1,7 @@
 """Phrase concepts of captions (MVPTR, section 3.1.1): extractors, the vocabulary, its statistics."""
 
 from vlscale.data.phrases.base import CaptionExtractor, Extractor, PhraseTuple, is_phrase, phrase_text
-from vlscale.data.phrases.build import Built, Corpora, build_phrases, open_corpora
+from vlscale.data.phrases.build import Built, Corpora, build_phrases, frequent_phrases, open_corpora
 from vlscale.data.phrases.compare import Agreement, Comparison, Side, compare, some_captions
 from vlscale.data.phrases.light import LightExtractor
 from vlscale.data.phrases.own import DataExtractor
@@ -34,6 +34,7 @@ __all__ = [
     "build_phrases",
     "caption_extractor",
     "compare",
+    "frequent_phrases",
     "is_phrase",
     "make_extractor",
     "open_corpora",

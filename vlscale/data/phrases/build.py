@@ -14,6 +14,7 @@ from typing import TextIO
 from vlscale.data.corpus import Corpus, SampleList
 from vlscale.data.open import STORED, TRAINING_SPLITS, load_sources
 from vlscale.data.phrases.base import Extractor, PhraseTuple, is_phrase, phrase_text
+from vlscale.data.phrases.light import LightExtractor
 from vlscale.data.phrases.parallel import extract_all
 from vlscale.data.phrases.spice import SpiceExtractor
 from vlscale.data.phrases.statistics import Statistics, Tally, summarise
@@ -130,6 +131,26 @@ def build_phrases(
     return Built(vocabulary, statistics, (out, captions_file, statistics_file))
 
 
+def frequent_phrases(samples: Corpus, min_count: int) -> PhraseVocabulary:
+    """The phrases that `min_count` captions of these samples contain, found by the light extractor.
+
+    Raises:
+        UserError: no phrase is that frequent.
+    """
+    extractor = LightExtractor()
+    counts = _Counts(("training captions",), ())
+    for sample in samples.readable():
+        counts.count(sample, [extractor.extract(caption) for caption in sample.captions])
+    vocabulary, _ = counts.vocabulary(extractor, min_count)
+    if not len(vocabulary):
+        most = max(counts.sentences_of, default=0)
+        raise UserError(
+            f"data.concepts.min_count: no phrase is in {min_count} of the {counts.sentences} training captions; the "
+            f"most frequent one is in {most}: lower it"
+        )
+    return vocabulary
+
+
 class _Counts:
     """Phrases by the order in which they first come, with the number of sentences that contain each.
 
@@ -156,14 +177,21 @@ class _Counts:
         part = f"{self._names[source]}, {sample.split}"
         self.parts[part] = counted
         self.seen_splits[sample.split] = None
-        rows = [list(dict.fromkeys(self._number(words) for words in items if is_phrase(words))) for items in lists]
-        if counted:
-            for row in rows:
-                self.sentences += 1
-                for number in row:
-                    self.sentences_of[number] += 1
-            self._digest.update(json.dumps([sample.id, sample.captions, sample.tuples]).encode())
+        rows = self.count(sample, lists) if counted else self._rows(lists)
         draft.write(json.dumps([part, source, sample.id, bool(sample.captions), rows]) + "\n")
+
+    def count(self, sample: Sample, lists: list[list[PhraseTuple]]) -> list[list[int]]:
+        """Count the phrases of a sample's captions; returns their numbers."""
+        rows = self._rows(lists)
+        for row in rows:
+            self.sentences += 1
+            for number in row:
+                self.sentences_of[number] += 1
+        self._digest.update(json.dumps([sample.id, sample.captions, sample.tuples]).encode())
+        return rows
+
+    def _rows(self, lists: list[list[PhraseTuple]]) -> list[list[int]]:
+        return [list(dict.fromkeys(self._number(words) for words in items if is_phrase(words))) for items in lists]
 
     def _number(self, words: PhraseTuple) -> int:
         phrase = phrase_text(words)

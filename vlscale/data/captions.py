@@ -1,0 +1,45 @@
+"""Captions as evaluation sees them, with the phrases of those systems that read phrases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vlscale.config import Data
+from vlscale.data.concepts import encode_texts_with_phrases, load_phrases, with_phrases
+from vlscale.data.sample import Vocabulary
+from vlscale.data.text import TextTokenizer
+
+
+class CaptionEncoder:
+    """Captions → the text fields of a Batch."""
+
+    def __init__(self, data: Data, tokenizer: TextTokenizer) -> None:
+        """Reads the vocabulary of phrases, where the data has one.
+
+        Raises:
+            UserError: it can't be read.
+        """
+        self._concepts, self._tokenizer = data.concepts, tokenizer
+        self._phrases = None if data.concepts is None else load_phrases(data.concepts)
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, [B, L] int64; with `data.concepts` `phrase_places` and `phrase_words` too.
+
+        Raises:
+            UserError: as `PhraseRows.of_caption`.
+        """
+        if self._concepts is None:
+            input_ids, mask = self._tokenizer.encode(captions)
+            return {"input_ids": input_ids, "attention_mask": mask}
+        return encode_texts_with_phrases(captions, self._concepts, self._tokenizer, self._phrases)._asdict()
+
+
+def vocabulary_of(tokenizer: TextTokenizer, data: Data) -> Vocabulary:
+    """What a system is built for: the words, and the phrases where the data has them.
+
+    Raises:
+        UserError: the vocabulary of phrases can't be read.
+    """
+    return tokenizer.vocabulary if data.concepts is None else with_phrases(tokenizer, load_phrases(data.concepts))
