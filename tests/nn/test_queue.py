@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlscale.nn.queue import FeatureQueue
+from vlscale.nn.queue import EMPTY, FeatureQueue, IdQueue
 
 
 def test_starts_with_unit_vectors_equal_for_equal_seeds() -> None:
@@ -50,3 +50,30 @@ def test_state_goes_round_and_is_strict() -> None:
         other.load_state(torch.zeros(2, 6), state["pointer"])
     with pytest.raises(ValueError, match="pointer"):
         other.load_state(state["features"], torch.tensor([5]))
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 7, 20])
+def test_ids_go_where_their_features_go(size: int) -> None:
+    features, ids = FeatureQueue(1, size, seed=0), IdQueue(size)
+    features.features.fill_(EMPTY)
+    for step, count in enumerate((3, 8, 0, 5, 21)):
+        batch = torch.arange(count) + 100 * step
+        features.push(batch[:, None].float())
+        ids.push(batch)
+        assert torch.equal(ids.ids, features.features[0].long())
+        assert ids.pointer == features.pointer
+
+
+def test_ids_start_empty_go_round_and_are_strict() -> None:
+    queue = IdQueue(5)
+    assert queue.ids.tolist() == [EMPTY] * 5
+    queue.push(torch.tensor([4, 2]))
+    state = {name: value.clone() for name, value in queue.state().items()}
+    other = IdQueue(5)
+    other.load_state(**state)
+    assert other.ids.tolist() == [4, 2, EMPTY, EMPTY, EMPTY]
+    assert other.pointer == 2
+    with pytest.raises(ValueError, match=r"expected \(5,\)"):
+        other.load_state(torch.zeros(6), state["pointer"])
+    with pytest.raises(ValueError, match="pointer"):
+        other.load_state(state["ids"], torch.tensor([5]))

@@ -15,9 +15,11 @@ from vlscale import distributed
 from vlscale.objectives.contrastive import (
     clamped_temperature,
     count_nonfinite,
+    cross_alignment,
     hard_targets,
     in_batch_itc,
     queue_similarities,
+    queue_targets,
     retrieval_accuracy,
     smoothed_targets,
     soft_cross_entropy,
@@ -184,3 +186,20 @@ def test_vsc_of_the_local_batch_calls_no_collective(monkeypatch: pytest.MonkeyPa
     vsc(images, texts, torch.tensor(2.0), IDS, gather=False)
     with pytest.raises(AssertionError, match="collective"):
         vsc(images, texts, torch.tensor(2.0), IDS, gather=True)
+
+
+def test_past_columns_of_the_same_image_are_right_answers() -> None:
+    """Without their ids they are wrong ones; an empty column never is right."""
+    images, texts = features()
+    queue = F.normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), dim=0)
+    past = torch.tensor([3, -100, 7, 8])
+    given = (images, texts, images, texts, queue, queue, torch.tensor(0.07), IDS)
+    unknown, known = cross_alignment(*given, alpha=0.0), cross_alignment(*given, alpha=0.0, queue_ids=past)
+    assert not unknown.hard[:, 6:].any()
+    assert known.hard[0].tolist() == pytest.approx([1 / 3, 0, 1 / 3, 0, 0, 0, 0, 0, 1 / 3, 0])
+    assert known.hard[3].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+    assert torch.equal(known.hard, queue_targets(IDS, queue, past))
+    expected = -(known.hard * known.sim_i2t.log_softmax(1)).sum(1).mean()
+    assert torch.allclose(known.i2t, expected)
+    none = cross_alignment(*given, alpha=0.0, queue_ids=torch.full((4,), -100))
+    assert torch.equal(none.hard, unknown.hard)

@@ -1,4 +1,4 @@
-"""SOHO's pre-training step and its VQA pass against recordings of the public release."""
+"""SOHO's pre-training step against a recording of the public release."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tests.parity.recordings import REFERENCE, Case, cases, config_of
 from tests.parity.test_soho_backbone import narrow_backbone, part
 from vlscale.config import Backbone, Dictionary, Joint, Mvm, Neck, SohoSystem
 from vlscale.data.sample import Batch, Vocabulary
 from vlscale.interop.soho import load_soho_weights, our_name
-from vlscale.nn.heads import AnswerHead
 from vlscale.systems.protocol import Choices, Progress
 from vlscale.systems.soho import Soho
 
@@ -111,45 +109,6 @@ def watch(system: Soho) -> dict[str, Tensor]:
     system.joint.embeddings.register_forward_hook(lambda _m, _i, output: seen.__setitem__("text", output))
     system.joint.register_forward_hook(lambda _m, _i, output: seen.__setitem__("fused", output))
     return seen
-
-
-@pytest.mark.parametrize("path", cases("soho", "case_vqa.safetensors"))
-def test_vqa_pass(path: Path) -> None:
-    """Without a dictionary the features are the tokens; the answer is read off the first word."""
-    case, sizes = Case(path), config_of(FOLDER)
-    weights = case.weights()
-    system = recorded_system(sizes, weights, use_dictionary=False)
-    head = AnswerHead(sizes["hidden"], sizes["num_answers"], dropout=0.0)
-    head.load_state_dict(renamed_head(weights, head))
-    own = system.state_dict()
-    found = {str(our_name(key)): value for key, value in weights.items() if not key.startswith("head.")}
-    own |= {name: value.view_as(own[name]) for name, value in found.items()}
-    system.load_state_dict(own)
-
-    batch = batch_of(case)
-    image = system.encode_image(batch)
-    case.check("visual_tokens", image.tokens)
-    fused = system.fuse(system.encode_text(batch), image)
-    case.check("fusion_feature", system_fused(system, batch, image))
-    logits = head(fused[:, 0])
-    case.check("logits", logits)
-    labels = case["in.vqa_labels"]
-    loss = F.binary_cross_entropy_with_logits(logits, labels) * labels.shape[1]
-    case.check("loss", loss)
-    loss.backward()
-    case.check("grad.head.vqa.0.weight", next(head.parameters()).grad)  # type: ignore[arg-type]
-
-
-def renamed_head(weights: dict[str, Tensor], head: AnswerHead) -> dict[str, Tensor]:
-    """The recorded head's tensors under ours' names, in order."""
-    recorded = [weights[f"head.vqa.{layer}.{kind}"] for layer in (0, 3) for kind in ("weight", "bias")]
-    return dict(zip(head.state_dict(), recorded, strict=True))
-
-
-def system_fused(system: Soho, batch: Batch, image: Any) -> Tensor:
-    """States of words and cells."""
-    states = torch.cat([system.joint.embed(batch.input_ids), image.tokens], dim=1)
-    return system.joint(states, torch.cat([batch.attention_mask, image.mask], dim=1))
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no {FOLDER}; set VLSCALE_REFERENCE")

@@ -28,24 +28,35 @@ def load_albef_weights(system: Albef, state_dict: dict[str, Tensor]) -> None:
     Raises:
         UserError: an entry is missing, unknown or of another shape, or tied entries differ.
     """
-    _check_tied(state_dict)
+    check_tied(state_dict, _keys()["tied"])
     text_layers = len(system.text_encoder.layer)
     found: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         for name in our_names(key, text_layers):
             found[name] = value
-    own = system.state_dict()
-    carried = system.carried_state()
-    expected = own | carried
+    own, carried = system.state_dict(), system.carried_state()
+    fitting = fitted(found, own | carried, system.grid)
+    system.load_state_dict({name: fitting[name] for name in own})
+    system.load_carried_state({name: fitting[name] for name in carried})
+
+
+def fitted(found: dict[str, Tensor], expected: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The checkpoint's tensors by name here, as the expected ones want them: position tables resized to the grid.
+
+    Raises:
+        UserError: an entry is missing, unknown or of another shape.
+    """
     _check_names(expected, found)
+    fitting: dict[str, Tensor] = {}
     for name, value in expected.items():
-        if name.endswith("vit.pos_embed") and found[name].shape != value.shape:
-            found[name] = resize_positions(found[name], system.grid)
-        if found[name].shape != value.shape:
-            shapes = f"expected {tuple(value.shape)}, found {tuple(found[name].shape)}"
+        given = found[name]
+        if name.endswith("vit.pos_embed") and given.shape != value.shape:
+            given = resize_positions(given, grid)
+        if given.shape != value.shape:
+            shapes = f"expected {tuple(value.shape)}, found {tuple(given.shape)}"
             raise UserError(f"ALBEF checkpoint: {name}: {shapes}; the recipe's sizes must be the checkpoint's")
-    system.load_state_dict({name: found[name] for name in own})
-    system.load_carried_state({name: found[name] for name in carried})
+        fitting[name] = given
+    return fitting
 
 
 def our_names(key: str, text_layers: int) -> list[str]:
@@ -84,10 +95,15 @@ def _check_names(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
         )
 
 
-def _check_tied(state_dict: dict[str, Tensor]) -> None:
-    for copy, original in _keys()["tied"].items():
+def check_tied(state_dict: dict[str, Tensor], tied: dict[str, str]) -> None:
+    """`tied` maps copies to what they copy; so do the teacher's, whose part's name ends in `_m`.
+
+    Raises:
+        UserError: a copy differs.
+    """
+    for copy, original in tied.items():
         for suffix in ("", "_m"):
-            pair = [name.replace("text_encoder.", f"text_encoder{suffix}.", 1) for name in (copy, original)]
+            pair = [name.replace(".", f"{suffix}.", 1) for name in (copy, original)]
             if all(name in state_dict for name in pair) and not torch.equal(*(state_dict[name] for name in pair)):
                 raise UserError(f"ALBEF checkpoint: {pair[0]} differs from {pair[1]}, but they are one parameter here")
 

@@ -1,9 +1,10 @@
 """Weights of MVPTR's public checkpoints under the names of its parts here. The names are data: `mvptr_keys.json`.
 
-`renamed` maps a name, or a prefix that ends in a dot; the longest that fits counts, and `retrieval` is read before it
-for a retrieval model, whose classifier judges pairs. `transposed` matrices multiply from the right there. The rows of
-`swapped` ones change places: in pre-training class 0 is the match there, class 1 here. Heads of `tasks` and `constant`
-entries have no place here.
+`renamed` maps a name, or a prefix that ends in a dot; the longest that fits counts. Before it, `retrieval` is read for
+a retrieval model, whose classifier judges pairs, and `classification` for one whose classifier is wanted as `head`: a
+`WordAnswerHead` for VQA, a `ClassHead` for visual entailment. `transposed` matrices multiply from the right there. The
+rows of `swapped` ones change places: in pre-training class 0 is the match there, class 1 here. Heads of `tasks` and
+`constant` entries have no place here.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from vlscale.errors import UserError
 
-Kind = Literal["pretrain", "retrieval", "task"]
-"""A pre-training checkpoint, one tuned for retrieval, or one with another task's classifier."""
+Kind = Literal["pretrain", "retrieval", "classification", "task"]
+"""A pre-training checkpoint, one tuned for retrieval, one for VQA or entailment with its classifier, or the encoder of
+one with any task's classifier, which is left out."""
 
 
 def our_weights(state_dict: dict[str, Tensor], kind: Kind = "pretrain") -> dict[str, Tensor]:
@@ -38,7 +40,7 @@ def our_name(key: str, kind: Kind = "pretrain") -> str | None:
         UserError: the release has no such entry.
     """
     keys = _keys()
-    renamed = keys["renamed"] | (keys["retrieval"] if kind == "retrieval" else {})
+    renamed = keys["renamed"] | keys.get(kind, {})
     for theirs in sorted(renamed, key=len, reverse=True):
         if _fits(key, theirs):
             return str(renamed[theirs] + key.removeprefix(theirs))

@@ -1,7 +1,7 @@
-"""Weights of SOHO's public pre-training checkpoints. The names are data: `soho_keys.json`.
+"""Weights of SOHO's public checkpoints, pre-trained or tuned for VQA. The names are data: `soho_keys.json`.
 
-`renamed` maps a name, or a prefix that ends in a dot; the longest that fits counts. `constant` and `tied` entries are
-stored there and not here.
+`renamed` maps a name, or a prefix that ends in a dot; the longest that fits counts. `vqa` is the head that only a tuned
+checkpoint has, `not_in_vqa` what such a one lacks. `constant` and `tied` entries are stored there and not here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlscale.errors import UserError
+from vlscale.nn.heads import AnswerHead
 from vlscale.systems.soho import Soho
 
 
@@ -27,11 +28,34 @@ def load_soho_weights(system: Soho, state_dict: dict[str, Tensor]) -> None:
     Raises:
         UserError: an entry is missing, unknown or of another shape, or tied entries differ.
     """
+    system.load_state_dict(_fitted(_found(state_dict), system.state_dict()))
+
+
+def load_soho_vqa(system: Soho, head: AnswerHead, state_dict: dict[str, Tensor]) -> None:
+    """Load what the release's VQA model has: backbone, neck, transformer and the head over answers, strictly.
+
+    The recipe must say what that model is: `neck.kind: sum` and `dictionary.use: false`, since fine-tuning reads the
+    features that a dictionary would name. What VQA doesn't train (ITM head, mask embedding) keeps its values.
+
+    Raises:
+        UserError: an entry is missing, unknown or of another shape.
+    """
+    prefix = "answer_head."
+    own = {name: value for name, value in system.state_dict().items() if not name.startswith(_untuned())}
+    heads = {prefix + name: value for name, value in head.state_dict().items()}
+    fitting = _fitted(_found(state_dict), own | heads)
+    system.load_state_dict(system.state_dict() | {name: fitting[name] for name in own})
+    head.load_state_dict({name.removeprefix(prefix): fitting[name] for name in heads})
+
+
+def _found(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     for copy, original in _keys()["tied"].items():
         if copy in state_dict and not torch.equal(state_dict[copy], state_dict[original]):
             raise UserError(f"SOHO checkpoint: {copy} differs from {original}, but they are one parameter here")
-    found = {name: value for key, value in state_dict.items() if (name := our_name(key)) is not None}
-    own = system.state_dict()
+    return {name: value for key, value in state_dict.items() if (name := our_name(key)) is not None}
+
+
+def _fitted(found: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in own.keys() ^ found.keys():
         where = "is missing" if name in own else "has no place"
         raise UserError(f"SOHO checkpoint: {name} {where}; are neck, dictionary, mvm and depth the checkpoint's?")
@@ -39,7 +63,7 @@ def load_soho_weights(system: Soho, state_dict: dict[str, Tensor]) -> None:
         if found[name].numel() != value.numel():
             shapes = f"expected {tuple(value.shape)}, found {tuple(found[name].shape)}"
             raise UserError(f"SOHO checkpoint: {name}: {shapes}; the recipe's sizes must be the checkpoint's")
-    system.load_state_dict({name: found[name].view_as(value) for name, value in own.items()})
+    return {name: found[name].view_as(value) for name, value in own.items()}
 
 
 def our_name(key: str) -> str | None:
@@ -51,10 +75,15 @@ def our_name(key: str) -> str | None:
     keys = _keys()
     if key in keys["constant"] or key in keys["tied"]:
         return None
-    for theirs in sorted(keys["renamed"], key=len, reverse=True):
+    renamed = keys["renamed"] | keys["vqa"]
+    for theirs in sorted(renamed, key=len, reverse=True):
         if key == theirs or (theirs.endswith(".") and key.startswith(theirs)):
-            return str(keys["renamed"][theirs] + key.removeprefix(theirs))
-    raise UserError(f"SOHO checkpoint: {key} is no entry of a pre-training checkpoint of the public release")
+            return str(renamed[theirs] + key.removeprefix(theirs))
+    raise UserError(f"SOHO checkpoint: {key} is no entry of a checkpoint of the public release")
+
+
+def _untuned() -> tuple[str, ...]:
+    return tuple(_keys()["not_in_vqa"])
 
 
 @cache

@@ -103,10 +103,12 @@ def cross_alignment(
     temperature: Tensor,
     image_ids: Tensor,
     alpha: float,
+    queue_ids: Tensor | None = None,
 ) -> CrossAlignment:
     """ITC of ALBEF (eq. 1 and 6) and CODIS (slides, part 2: t2i and i2t), smoothed by the teacher.
 
-    The release's hard targets are the identity; equal image ids within the batch share their row here.
+    The release's hard targets are the identity; equal image ids within the batch share their row here. With
+    `queue_ids` they share it with the queue's as well, as in the release's retrieval fine-tuning.
 
     Args:
         image_feat, text_feat: [B, d], the student's, unit length.
@@ -115,10 +117,11 @@ def cross_alignment(
         temperature: scalar divisor, already clamped.
         image_ids: [B].
         alpha: weight of the teacher's similarities in the targets; 0 computes none.
+        queue_ids: [Q], image ids of both queues' columns, `nn.queue.EMPTY` where there is none; None knows of none.
     """
     sim_i2t = queue_similarities(image_feat, taught_text, text_queue, temperature)
     sim_t2i = queue_similarities(text_feat, taught_image, image_queue, temperature)
-    hard = queue_targets(image_ids, image_queue)
+    hard = queue_targets(image_ids, image_queue, queue_ids)
     targets_i2t = targets_t2i = hard
     if alpha:
         with torch.no_grad():
@@ -144,9 +147,17 @@ def intra_alignment(feat: Tensor, taught: Tensor, queue: Tensor, temperature: Te
     return soft_cross_entropy(queue_similarities(feat, taught, queue, temperature), queue_targets(image_ids, queue))
 
 
-def queue_targets(image_ids: Tensor, queue: Tensor) -> Tensor:
-    """Hard targets [B, B + Q]: equal shares where the batch's ids are equal, nothing in the queue."""
-    return functional.pad(hard_targets(image_ids, image_ids), (0, queue.shape[1]))
+def queue_targets(image_ids: Tensor, queue: Tensor, queue_ids: Tensor | None = None) -> Tensor:
+    """Hard targets [B, B + Q]: equal shares where the batch's ids are equal, and the queue's where they are known.
+
+    Args:
+        image_ids: [B].
+        queue: [d, Q].
+        queue_ids: [Q]; None: no column of the queue is a right answer.
+    """
+    if queue_ids is None:
+        return functional.pad(hard_targets(image_ids, image_ids), (0, queue.shape[1]))
+    return hard_targets(image_ids, torch.cat([image_ids, queue_ids]))
 
 
 def in_batch_itc(image_feat: Tensor, text_feat: Tensor, temperature: Tensor, image_ids: Tensor) -> InBatchItc:

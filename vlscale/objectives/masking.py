@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlscale.data.sample import Vocabulary
+from vlscale.objectives.classification import distilled_cross_entropy
 
 IGNORED = -100
 """Label of a position that is not predicted."""
@@ -81,11 +82,7 @@ def mlm_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = Non
         alpha: weight of the distillation, 0 without a teacher.
     """
     selected = labels != IGNORED
-    log_probability = logits.float().log_softmax(1)
-    each = -log_probability.gather(1, labels.clamp(min=0)[:, None])[:, 0]  # [C]
-    if teacher_logits is not None:
-        soft = -(teacher_logits.detach().float().softmax(1) * log_probability).sum(1)  # [C]
-        each = (1 - alpha) * each + alpha * soft
+    each = distilled_cross_entropy(logits, labels.clamp(min=0), teacher_logits, alpha)  # [C]
     return torch.where(selected, each, 0.0).sum() / selected.sum().clamp(min=1)
 
 
