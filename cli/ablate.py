@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -46,12 +45,6 @@ SIGNAL_SECONDS = 1.0
 """Who signals a whole process group reaches us just after our children."""
 
 
-class Evaluation(StrEnum):
-    """What the rows are compared by."""
-
-    RETRIEVAL = "retrieval"
-
-
 def ablate(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
     rows: Annotated[str, typer.Option(metavar="FILE", help="Named rows of overrides: a YAML file, or a shipped name.")],
@@ -73,7 +66,6 @@ def ablate(
     ] = "auto",
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     threads: Annotated[int | None, typer.Option(help="CPU threads per rank; default: the cores shared out.")] = None,
-    evaluation: Annotated[Evaluation, typer.Option("--eval", help="What to compare by.")] = Evaluation.RETRIEVAL,
 ) -> None:
     """Train RECIPE once per row and seed, evaluate, and compare; interrupted, the same command goes on."""
     for name, value in (("--seeds", seeds), ("--jobs", jobs), ("--threads", threads)):
@@ -90,7 +82,7 @@ def ablate(
     waiting = [run for run in chosen if not run.finished]
     print(f"{plan.out}: {len(waiting)} of {len(chosen)} runs to do", flush=True)
     options = _thread_options(threads, jobs)
-    work = [Job(run, _name(plan, run), _commands(plan, run, ds_config, options, evaluation)) for run in waiting]
+    work = [Job(run, _name(plan, run), _commands(plan, run, ds_config, options)) for run in waiting]
     run_jobs(work, jobs, partial(_finish, plan))
     _update(plan, show=not (work and sys.stdout.isatty()))  # else it is on the screen already
     print(plan.out / ablation_table.MARKDOWN_NAME)
@@ -250,12 +242,15 @@ def _name(plan: Plan, run: Run) -> str:
     return f"row {run.row.number}/{len(plan.file.rows)} {run.row.name!r}, seed {run.seed + 1}/{plan.seeds}"
 
 
-def _commands(plan: Plan, run: Run, ds_config: str, options: list[str], evaluation: Evaluation) -> list[list[str]]:
+def _commands(plan: Plan, run: Run, ds_config: str, options: list[str]) -> list[list[str]]:
     """Train, or go on where an interruption left it, then evaluate."""
+    from vlscale.engine.ablation import OPTIONS
+
     train = ["pretrain", plan.recipe, "--out", str(run.folder), "--resume", "auto", "--ds-config", ds_config, *options]
     for pair in run.overrides:
         train += ["--set", pair]
-    return [train, ["eval", evaluation.value, "--from", str(run.folder), *options]]
+    source = ["--from", str(run.folder), *options]
+    return [train, *(["eval", task, *source, *OPTIONS.get(task, ())] for task in run.tasks)]
 
 
 def _thread_options(threads: int | None, jobs: int) -> list[str]:

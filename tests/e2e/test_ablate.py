@@ -273,7 +273,6 @@ def test_a_typo_in_row_2_is_found_before_row_1_runs(
         (["--threads", "0"], "--threads 0"),
         (["--only", "3"], "rows 1 to 2"),
         (["--rows", "no_such"], "cb_vila_table4"),
-        (["--eval", "vqa"], "--eval"),
         (["--set", "train.lrr=1"], "train.lrr"),
     ],
 )

@@ -67,18 +67,41 @@ SOHO: dict[str, Any] = {
 }
 
 
+# Phrases made of the captions, masked words, phrases and tags, and a schedule in shares of the run.
+MVPTR: dict[str, Any] = {
+    "system": {
+        "name": "mvptr",
+        "text": {"width": 32, "heads": 2, "intermediate": 64, "layers": 3, "max_positions": 32, "dropout": 0.1},
+        "mcr": {"tags": 0.5, "phrases": 0.5},
+        "mlm_probability": 0.3,
+    },
+    "data__concepts": {
+        "phrases": "auto",
+        "min_count": 2,
+        "max_words": 12,
+        "max_tags": 6,
+        "max_regions": 4,
+        "region_width": 48,
+        "pixels": 4,
+    },
+    "train__schedule": "linear",
+    "train__warmup_share": 0.2,
+}
+WHOLE: dict[str, dict[str, Any]] = {"soho": SOHO, "mvptr": MVPTR}
+
+
 def small_recipe(folder: Path, name: str) -> Recipe:
     data = write_data(folder / "data")
     for path in sorted(data.parent.glob("*.png"))[::3]:
         with Image.open(path) as image:
             image.resize((12, 8)).save(path)
     changes = {"data__image_size": 32, "train__max_steps": 12, "checkpoint__every": 4}
-    changes |= SOHO if name == "soho" else {"system": {**SMALL, **SYSTEMS[name]}}
+    changes |= WHOLE[name] if name in WHOLE else {"system": {**SMALL, **SYSTEMS[name]}}
     return toy_recipe(data, **changes)
 
 
 @pytest.mark.parametrize("cut", [4, 7])
-@pytest.mark.parametrize("name", [*SYSTEMS, "soho"])
+@pytest.mark.parametrize("name", [*SYSTEMS, *WHOLE])
 def test_resume_is_exact(group: None, tmp_path: Path, name: str, cut: int) -> None:
     recipe, threads = small_recipe(tmp_path, name), torch.get_num_threads()
     run: Callable[..., Any] = lambda out, **options: loop.pretrain(  # noqa: E731

@@ -123,7 +123,8 @@ def write_data(folder: Path, count: int = 24, broken: int | None = None) -> Path
         if index == broken:
             path.write_bytes(b"no image")
         captions = [f"a {name} square number {index}"]
-        lines.append(json.dumps({"image": path.name, "id": f"s{index:03d}", "captions": captions}))
+        record = {"image": path.name, "id": f"s{index:03d}", "captions": captions, "tags": [name, "square"]}
+        lines.append(json.dumps(record))
     data = folder / "captions.jsonl"
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return data

@@ -24,16 +24,26 @@ from vlscale.engine import checkpoint, start
 from vlscale.errors import UserError
 from vlscale.interop import layout
 
-RESULT = Path("eval", "retrieval.json")
+RETRIEVAL = "retrieval"
 LOG = "log.txt"
 FINISHED = "finished.json"
 LOCK = "ablate.lock"
-METRICS = tuple(
-    f"{score}{name}"
-    for score in ("itc_", "", "sum_")
-    for name in (*(f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)), "rsum")
+EVALUATIONS: dict[str, tuple[str, ...]] = {
+    RETRIEVAL: tuple(
+        f"{score}{name}"
+        for score in ("itc_", "", "sum_")
+        for name in (*(f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)), "rsum")
+    ),
+    "grounding": ("any_r1", "any_r5", "any_r10", "any_pointing", "merged_r1", "merged_r5", "merged_r10"),
+}
+"""What a row file may ask for: the metrics of eval/<task>.json, those of retrieval by their name alone, others as
+`<task>.<name>`. Only the evaluations that it asks for are run."""
+OPTIONS: dict[str, tuple[str, ...]] = {"grounding": ("--zero-shot",)}
+"""Arguments of `vlscale eval <task>` in an ablation."""
+METRICS = (
+    *EVALUATIONS[RETRIEVAL],
+    *(f"{task}.{name}" for task, names in EVALUATIONS.items() if task != RETRIEVAL for name in names),
 )
-"""What a row file may ask for: the metrics of eval/retrieval.json."""
 DEFAULT_METRICS = ("itc_t2i_r1", "itc_i2t_r1", "itc_rsum", "t2i_r1", "i2t_r1", "rsum")
 _PACKAGE = "vlscale.recipes.ablations"
 _SEED_FOLDER = re.compile(r"seed-(\d+)")
@@ -52,7 +62,7 @@ class _RowsText(Section):
 
     title: str = ""
     metrics: list[str] = Field(default_factory=lambda: list(DEFAULT_METRICS), min_length=1)
-    """Columns of the table, from eval/retrieval.json."""
+    """Columns of the table, see `METRICS`."""
     rows: list[_RowText] = Field(min_length=1)
 
 
@@ -84,6 +94,12 @@ class RowFile:
     metrics: tuple[str, ...]
     rows: tuple[Row, ...]
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Evaluations that the columns come from."""
+        asked = dict.fromkeys(metric.rpartition(".")[0] or RETRIEVAL for metric in self.metrics)
+        return tuple(asked)
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -96,6 +112,12 @@ class Run:
     recipe: Recipe
     overrides: tuple[str, ...]
     """All of them, common ones first and train.seed last."""
+    tasks: tuple[str, ...] = (RETRIEVAL,)
+    """Evaluations that follow the training."""
+
+    def result(self, task: str) -> Path:
+        """Result file of an evaluation."""
+        return self.folder / "eval" / f"{task}.json"
 
     @property
     def log(self) -> Path:
@@ -104,7 +126,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it was trained to the end and evaluated."""
-        return (self.folder / FINISHED).is_file() and (self.folder / RESULT).is_file()
+        return (self.folder / FINISHED).is_file() and all(self.result(task).is_file() for task in self.tasks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +154,7 @@ class Plan:
     def run(self, row: Row, seed: int) -> Run:
         overrides = (*self.common, *row.overrides, f"train.seed={self.base.train.seed + seed}")
         folder = self.out / row.folder / f"seed-{seed}"
-        return Run(row, seed, folder, load_recipe(self.recipe, list(overrides)), overrides)
+        return Run(row, seed, folder, load_recipe(self.recipe, list(overrides)), overrides, self.file.tasks)
 
 
 def ablation_names() -> list[str]:
@@ -160,7 +182,7 @@ def read_rows(name_or_path: str, recipe: str = "") -> RowFile:
         raise UserError(f"{source}: {_explain(error, tree)}") from None
     for metric in parsed.metrics:
         if metric not in METRICS:
-            raise UserError(f"{source}: metrics: no {metric!r} in {RESULT}; there are {', '.join(METRICS)}")
+            raise UserError(f"{source}: metrics: no {metric!r}; there are {', '.join(METRICS)}")
     rows = tuple(Row(number, row.name, tuple(row.set)) for number, row in enumerate(parsed.rows, start=1))
     _require_distinct(rows, source)
     stem = Path(name_or_path).stem

@@ -13,7 +13,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from vlscale.engine.ablation import FINISHED, RESULT, Plan, Row, Run, require_same
+from vlscale.engine.ablation import FINISHED, RETRIEVAL, Plan, Row, Run, require_same
 from vlscale.interop import layout
 
 JSON_NAME = "ablation.json"
@@ -82,7 +82,7 @@ def as_json(plan: Plan, rows: list[RowOutcome]) -> dict[str, Any]:
         "recipe": plan.base.name,
         "overrides": list(plan.common),
         "seeds": plan.seeds,
-        "evaluation": RESULT.stem,
+        "evaluations": list(plan.file.tasks),
         "columns": list(plan.file.metrics),
         "rows": [_row_json(row) for row in rows],
     }
@@ -124,9 +124,15 @@ def _outcomes(plan: Plan, row: Row) -> Iterator[Outcome]:
 
 
 def _read(run: Run) -> Outcome:
-    result = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))
+    steps = 0
+    metrics: dict[str, float] = {}
+    for task in run.tasks:
+        result = json.loads(run.result(task).read_text(encoding="utf-8"))
+        prefix = "" if task == RETRIEVAL else f"{task}."
+        metrics |= {f"{prefix}{name}": value for name, value in result["metrics"].items()}
+        steps = result["protocol"]["step"]
     seconds = json.loads((run.folder / FINISHED).read_text(encoding="utf-8"))["train_seconds"]
-    return Outcome(run.seed, run.recipe.train.seed, result["protocol"]["step"], seconds, result["metrics"])
+    return Outcome(run.seed, run.recipe.train.seed, steps, seconds, metrics)
 
 
 def _row_json(row: RowOutcome) -> dict[str, Any]:
