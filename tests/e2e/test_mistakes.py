@@ -28,6 +28,7 @@ MISTAKES = {
     "missing run to probe": (["eval", "objectives", "--from", "no_such_run"], "no_such_run"),
     "missing run to look at": (["codebook-inspect", "no_such_run", "--show-patches"], "no_such_run"),
     "missing run to draw": (["inspect", "reconstructions", "no_such_run"], "no_such_run"),
+    "missing run to map": (["inspect", "gradcam", "no_such_run"], "no_such_run"),
     "unknown format": (["pretrain", "--data", "cocoo:captions.json"], "cocoo"),
     "corpus without a place": (["pretrain", "--data", "albef_4m"], "VLSCALE_DATA"),
     "missing tars": (["pretrain", "--data", "{00000..00002}.tar"], "00000.tar"),

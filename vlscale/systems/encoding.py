@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,6 +60,15 @@ class PairEncoding:
         """Text queries over image tokens; [B, L, D]."""
         context = self.fusion_encoder.project_context(image.tokens)
         return self.fusion_encoder(text.tokens, text.mask, context, image.mask)
+
+    def word_attention(self) -> list[nn.Module]:
+        """Cross-attention of every fusion layer; see `vlscale.systems.gradcam`."""
+        layers: list[Any] = list(self.fusion_encoder.layer)
+        return [layer.crossattention.self for layer in layers]
+
+    def cls_attention(self) -> list[nn.Module]:
+        """Self-attention of every block of the image encoder."""
+        return [block.attn for block in self.vision.vit.blocks]
 
     def similarity(self, image: ImageStates, text: TextStates) -> Tensor | None:
         """Cosines over the temperature, [B_image, B_text] fp32."""

@@ -7,7 +7,7 @@ Losses: MLM, MVM (section 3.3: the dictionary's index of masked cells) and ITM. 
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -193,6 +193,11 @@ class Soho(nn.Module):
         cells = image.tokens.expand(count, -1, -1)
         mask = torch.cat([text.mask, image.mask.expand(count, -1)], dim=1)
         return self.joint(torch.cat([text.tokens.to(cells.dtype), cells], dim=1), mask)[:, :length]
+
+    def word_attention(self) -> list[nn.Module]:
+        """Self-attention of every joint layer: words first, cells last; see `vlscale.systems.gradcam`."""
+        layers: list[Any] = list(self.joint.layer)
+        return [layer.attention.self for layer in layers]
 
     def similarity(self, image: ImageStates, text: TextStates) -> Tensor | None:
         """There is no first stage."""
