@@ -12,7 +12,7 @@ from . import launch, terminal
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Evaluate a run: zero-shot retrieval, and what its objectives learned.",
+    help="Evaluate a run: zero-shot retrieval and phrase grounding, and what its objectives learned.",
 )
 
 RunOption = Annotated[str, typer.Option("--from", metavar="RUN", help="A run folder or one of its checkpoints.")]
@@ -59,6 +59,55 @@ def retrieval(
             on_message=terminal.note,
         )
     terminal.print_result(result, split, retrieval_table(result))
+
+
+@app.command()
+def grounding(
+    source: RunOption,
+    zero_shot: Annotated[
+        bool, typer.Option("--zero-shot", help="Take the run as it was pre-trained: all that can be done so far.")
+    ] = False,
+    data: DataOption = None,
+    image_root: ImageRootOption = None,
+    split: SplitOption = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(help="Multimodal layer whose states are compared, from 0; default: the recipe's wpg.layer."),
+    ] = None,
+    concepts: Annotated[
+        bool, typer.Option("--concepts", help="Count phrase concepts that a phrase says among its tokens.")
+    ] = False,
+    first: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N images of the split; default: all.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, metavar="PICTURES", help="Captions to draw on the page.")] = 12,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Result file (.json); predictions and page lie beside it; default: RUN/eval/grounding.json."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+) -> None:
+    """Which region of its image each phrase of a caption means, against annotated boxes; with a page of pictures."""
+    launch.set_threads(threads, 1)
+    from vlscale.inspect.grounding import draw_grounding
+    from vlscale.tasks.grounding import grounding_table, run_grounding
+
+    with terminal.progress() as report:
+        result = run_grounding(
+            source,
+            zero_shot=zero_shot,
+            data=data,
+            split=split,
+            layer=layer,
+            concepts=concepts,
+            first=first,
+            out=out,
+            image_root=_text(image_root),
+            on_progress=report,
+        )
+    page = draw_grounding(result.path, result.predictions, result.samples, count)
+    terminal.print_result(result.path, split, grounding_table(result.path))
+    print(page)
 
 
 @app.command()

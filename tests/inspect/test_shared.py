@@ -25,7 +25,7 @@ from vlscale.data.sample import Batch
 from vlscale.data.stream import evaluation_batches
 from vlscale.data.text import clean_caption
 from vlscale.errors import UserError
-from vlscale.inspect import heatmaps, report, shared
+from vlscale.inspect import charts, heatmaps, report, shared
 from vlscale.inspect.codebook import _without_folders, inspect_codebook, usage_table
 from vlscale.inspect.shared import Choices, WordTable, agreement_of, encode_pairs, shared_codebooks
 from vlscale.inspect.usage import normalized_batches
@@ -188,7 +188,7 @@ def test_plans(planted: Path, tmp_path: Path) -> None:
         assert plan[mass] == pytest.approx(expected.sum(1).mean().item(), abs=1e-4)
     assert 0 <= plan["overlap_chance"] <= 1
     with Image.open(page.parent / plan["picture"]) as picture:
-        assert picture.size == tuple(round(side * heatmaps.DPI) for side in heatmaps.PLAN_SIZE)
+        assert picture.size == tuple(round(side * charts.DPI) for side in heatmaps.PLAN_SIZE)
         colours = picture.convert("RGB").getcolors(1 << 20)
     assert colours is not None
     assert len(colours) > 50, "not blank"

@@ -21,7 +21,7 @@ from vlscale.config import Concepts, Data
 from vlscale.data.concept_regions import RegionInputs, region_inputs, stacked_regions
 from vlscale.data.phrases.lexicon import lexicon
 from vlscale.data.phrases.own import DataExtractor
-from vlscale.data.phrases.vocabulary import FORMAT, PhraseVocabulary
+from vlscale.data.phrases.vocabulary import FORMAT, PhraseConcept, PhraseVocabulary
 from vlscale.data.regions import MIN_CONFIDENCE
 from vlscale.data.sample import Sample, Vocabulary
 from vlscale.data.text import Pieces, TextTokenizer, clean_caption
@@ -33,10 +33,11 @@ class PhraseRows:
     """The phrases of a vocabulary by number, 0 to P − 1 in the order of their ids, whatever those are."""
 
     def __init__(self, vocabulary: PhraseVocabulary) -> None:
-        phrases = vocabulary[vocabulary.word_ids :]  # MVPTR's file may list the tokenizer's words first
-        self._vocabulary = vocabulary
-        self._numbers = {phrase.id: number for number, phrase in enumerate(phrases)}
-        self.texts: list[str] = [phrase.text for phrase in phrases]
+        self.vocabulary = vocabulary
+        self.concepts: Sequence[PhraseConcept] = vocabulary[vocabulary.word_ids :]
+        """By number; MVPTR's file may list the tokenizer's words before them."""
+        self._numbers = {phrase.id: number for number, phrase in enumerate(self.concepts)}
+        self.texts: list[str] = [phrase.text for phrase in self.concepts]
         """Text of each phrase."""
 
     def __len__(self) -> int:
@@ -50,11 +51,11 @@ class PhraseRows:
         Raises:
             UserError: the vocabulary's extractor needs more than the caption, or is not installed.
         """
-        if sample is not None and self._vocabulary.origin.extractor == DataExtractor.name:
+        if sample is not None and self.vocabulary.origin.extractor == DataExtractor.name:
             (tuples,) = DataExtractor().of_sample(replace(sample, captions=(caption,)))
-            ids = self._vocabulary.ids_of(tuples)
+            ids = self.vocabulary.ids_of(tuples)
         else:
-            ids = self._vocabulary.phrases_of(caption)
+            ids = self.vocabulary.phrases_of(caption)
         return [self._numbers[identity] for identity in ids]
 
 

@@ -7,12 +7,11 @@ from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-DPI = 110
+from vlscale.inspect.charts import new_figure, save_figure
+
 PLAN_SIZE = (11.0, 6.0)
 """Inches of the picture of the plans."""
 COLOURS = "viridis"
@@ -22,28 +21,28 @@ MAX_LABELS = 32
 
 def usage_histogram(counts: np.ndarray, perplexity: float, path: Path) -> None:
     """Patches of every code, sorted, on a log scale; counts [K]."""
-    figure = _figure(9.0, 3.2)
+    figure = new_figure(9.0, 3.2)
     axes = figure.subplots()
     _draw_usage(axes, counts, perplexity)
     axes.set_xlabel("codes, most used first")
     axes.set_ylabel("patches")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def usage_chart(counts: dict[str, np.ndarray], perplexity: dict[str, float], path: Path) -> None:
     """Uses of every code, sorted, on a log scale, one panel per kind; counts [K] each."""
-    figure = _figure(11.0, 3.2)
+    figure = new_figure(11.0, 3.2)
     panels = figure.subplots(1, len(counts), squeeze=False)[0]
     for axes, (kind, values) in zip(panels, counts.items(), strict=True):
         _draw_usage(axes, values, perplexity[kind])
         axes.set_xlabel(f"codes, those most used by {kind} first")
         axes.set_ylabel(kind)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plan_chart(images: np.ndarray, texts: np.ndarray, codes: np.ndarray, path: Path) -> None:
     """Plans [G, C] of images and of their texts on one colour scale, codes [C]."""
-    figure = _figure(*PLAN_SIZE)
+    figure = new_figure(*PLAN_SIZE)
     panels = figure.subplots(1, 2, sharey=True)
     scale = PowerNorm(0.5, vmin=0, vmax=float(max(images.max(), texts.max())))  # small shares stay visible
     for axes, plan, kind in zip(panels, (images, texts), ("images", "their texts"), strict=True):
@@ -53,12 +52,12 @@ def plan_chart(images: np.ndarray, texts: np.ndarray, codes: np.ndarray, path: P
         _label(axes, codes, "x")
     panels[0].set_ylabel(f"{len(images)} pairs, by the code of the image")
     figure.colorbar(drawn, ax=panels, label="G · T", fraction=0.04, pad=0.02)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def agreement_chart(counts: np.ndarray, codes: np.ndarray, path: Path) -> None:
     """Pairs by the code of the image (rows) and of the text (columns); counts [C, C], codes [C]."""
-    figure = _figure(7.6, 6.4)
+    figure = new_figure(7.6, 6.4)
     axes = figure.subplots()
     scale = PowerNorm(0.5, vmin=0, vmax=float(max(1, counts.max())))
     drawn = axes.imshow(counts, cmap=COLOURS, norm=scale, interpolation="nearest")
@@ -70,7 +69,7 @@ def agreement_chart(counts: np.ndarray, codes: np.ndarray, path: Path) -> None:
         colour = "black" if scale(counts[row, column]) > 0.6 else "white"
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(drawn, ax=axes, label="pairs", fraction=0.046, pad=0.02)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_usage(axes: Axes, counts: np.ndarray, perplexity: float) -> None:
@@ -96,14 +95,3 @@ def _label(axes: Axes, codes: np.ndarray, axis: Literal["x", "y"]) -> None:
         return
     axes.set(**{f"{axis}ticks": range(len(codes)), f"{axis}ticklabels": codes})
     axes.tick_params(axis=axis, labelsize=7, rotation=90 if axis == "x" else 0)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """The same bytes every time."""
-    figure.savefig(path, metadata={"Software": None})

@@ -8,17 +8,19 @@ set.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from vlscale.config.mvptr import MvptrSystem
 from vlscale.data.sample import Batch, Vocabulary
+from vlscale.errors import UserError
 from vlscale.nn.heads import MlmHead
 from vlscale.nn.regional import ConceptHead, Fused, MvpEncoder, SharedSpace, load_regional
 from vlscale.nn.writer import ParameterWriter
 from vlscale.objectives import concepts, contrastive, grounding, masking, matching
+from vlscale.systems.concept_attention import AttentionLayers, ConceptRows
 from vlscale.systems.concept_inputs import MaskedInputs, given, image_mask, mask_inputs, own, phrase_masks, phrase_slots
 from vlscale.systems.encoding import TEMPERATURE_RANGE
 from vlscale.systems.protocol import Cells, Choices, Codebook, ImageStates, Progress, StepOutput, TextStates
@@ -51,24 +53,37 @@ class _Paired(NamedTuple):
     negatives: matching.Negatives
 
 
+def _without(config: MvptrSystem, left_out: frozenset[str]) -> MvptrSystem:
+    """The section for a system that some losses don't train: their masks hide nothing."""
+    mcr = config.mcr.model_copy(
+        update={name: 0.0 for name, loss in (("tags", "mcr_v"), ("phrases", "mcr_s")) if loss in left_out}
+    )
+    words = 0.0 if "mlm" in left_out else config.mlm_probability
+    return config.model_copy(update={"mcr": mcr, "mlm_probability": words})
+
+
 class Mvptr(nn.Module):
     """Nothing is carried beside the parameters: no teacher, no queue, no codebook."""
 
-    def __init__(self, config: MvptrSystem, region_width: int, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, config: MvptrSystem, region_width: int, vocabulary: Vocabulary, left_out: frozenset[str] = frozenset()
+    ) -> None:
         """A vocabulary without phrases leaves out what reads them.
 
         Args:
             region_width: numbers of a region's feature, without the six of its box.
+            left_out: losses that are not computed; what they would ask for is not hidden either.
         """
         super().__init__()
-        self.config, self.vocabulary, self.phrases = config, vocabulary, vocabulary.phrases
+        self.config, self.vocabulary, self.phrases = _without(config, left_out), vocabulary, vocabulary.phrases
+        self.left_out = left_out if self.phrases else left_out | {"mcr_s", "wpg"}
         width = config.text.width
         self.encoder = MvpEncoder(config, region_width, vocabulary)
         self.tag_head = ConceptHead(width, vocabulary.size)
         self.word_head = ConceptHead(width, vocabulary.size)
         self.phrase_head = MlmHead(width, vocabulary.phrases)
         self.itm_head = nn.Linear(width, 2)
-        self.contrasts = config.fusion == "split"
+        self.contrasts = config.fusion == "split" and "vsc" not in left_out
         if self.contrasts:
             self.text_space, self.image_space = (SharedSpace(width, config.vsc.proj) for _ in range(2))
             self.logit_scale = nn.Parameter(-torch.tensor(config.vsc.temperature).log())
@@ -100,11 +115,13 @@ class Mvptr(nn.Module):
         if self.config.stage == 2:
             paired = self._pair(seen, batch, sims, progress, choices)
             self._match(paired, losses, metrics)
-            self._ground(paired, seen, inputs, batch, progress, losses, metrics)
+            if "wpg" not in self.left_out:
+                self._ground(paired, seen, inputs, batch, progress, losses, metrics)
             fused = paired.states[: len(batch)]
             if self.config.clean_pass:
                 fused = self._fuse(masked, batch, own(batch), own(batch)).states
-            self._predict_words(fused, inputs, losses, metrics)
+            if "mlm" not in self.left_out:
+                self._predict_words(fused, inputs, losses, metrics)
         else:
             fused = masked.text
         self._recover(fused, masked, inputs, losses, metrics)
@@ -164,8 +181,6 @@ class Mvptr(nn.Module):
         metrics: Scalars,
     ) -> None:
         """WPG: phrases find a region of their own image sooner than one of another (eq. 7)."""
-        if not self.phrases:
-            return
         options, size = self.config.wpg, len(batch)
         masks = phrase_masks(batch)  # [B, P, L]
         rows = own(batch)
@@ -222,19 +237,25 @@ class Mvptr(nn.Module):
     ) -> None:
         """MCR of tags and phrases: their labels share the step's one copy to the host."""
         length, tags = inputs.text_ids.shape[1], inputs.tag_ids.shape[1]
-        if self.contrasts:
+        if self.config.fusion == "split":
             text, image, tag_labels = masked.text, masked.image[:, :tags], inputs.tag_labels
         else:  # one encoder: what it made of both; the tags' [CLS] is left out of its input
             text, image, tag_labels = fused[:, :length], fused[:, length : length + tags - 1], inputs.tag_labels[:, 1:]
         mcr = self.config.mcr
-        kinds = [self._slots(image, tag_labels, mcr.tags, self.tag_head)]
-        if self.phrases:
-            head = lambda states: self.phrase_head(states, self.encoder.embeddings.phrase_rows())  # noqa: E731
-            kinds.append(self._slots(text, inputs.phrase_labels, mcr.phrases, head))
-        found = concepts.recover(kinds, mcr.order, mcr.cost)
-        for name, kind, result in zip(("mcr_v", "mcr_s"), kinds, found, strict=False):
+        kinds: dict[str, concepts.Slots] = {}
+        if "mcr_v" not in self.left_out:
+            kinds["mcr_v"] = self._slots(image, tag_labels, mcr.tags, self.tag_head)
+        if "mcr_s" not in self.left_out:
+            kinds["mcr_s"] = self._slots(text, inputs.phrase_labels, mcr.phrases, self._phrase_logits)
+        if not kinds:
+            return
+        found = concepts.recover(list(kinds.values()), mcr.order, mcr.cost)
+        for (name, kind), result in zip(kinds.items(), found, strict=True):
             losses[name] = result.loss
             metrics[f"{name}_accuracy"] = masking.masked_accuracy(kind.logits, result.labels)
+
+    def _phrase_logits(self, states: Tensor) -> Tensor:
+        return self.phrase_head(states, self.encoder.embeddings.phrase_rows())
 
     def _slots(
         self, states: Tensor, labels: Tensor, probability: float, head: Callable[[Tensor], Tensor]
@@ -285,6 +306,28 @@ class Mvptr(nn.Module):
         tokens, mask = image.tokens.expand(count, -1, -1), image.mask.expand(count, -1)
         return self.encoder.fuse(text.tokens.to(tokens.dtype), tokens, text.mask, mask).states[:, :length]
 
+    @property
+    def grounding_layer(self) -> int:
+        """Index of the multimodal layer that WPG grounds phrases on."""
+        return self.config.wpg.layer
+
+    def phrase_region_scores(self, batch: Batch, spans: Tensor, layer: int | None = None) -> Tensor:
+        """Cosines of phrases with their image's regions, as WPG compares them; [B, S, R] fp32, −inf in padding.
+
+        Args:
+            spans: [B, S, L] bool, the tokens of each phrase, words or concepts; it is the mean of their states.
+            layer: index of the multimodal layer; default `grounding_layer`.
+
+        Raises:
+            UserError: there is no such layer.
+        """
+        layer, layers = self.grounding_layer if layer is None else layer, self.config.multimodal_layers
+        if not 0 <= layer < layers:
+            raise UserError(f"layer {layer}: the multimodal encoder has layers 0 to {layers - 1}")
+        seen = self._encode(batch, batch.input_ids, given(batch.tag_ids))
+        states = self._fuse(seen, batch, own(batch), own(batch), depth=layer + 1).layers[-1]
+        return grounding.phrase_region_similarity(states, spans, given(batch.region_mask))
+
     def similarity(self, image: ImageStates, text: TextStates) -> Tensor | None:
         """VSC's similarities, [B_image, B_text] fp32; None where `fusion: merged` has no contrast."""
         return contrastive.similarities(image.pooled, text.pooled, self.divisor()) if self.contrasts else None
@@ -296,6 +339,18 @@ class Mvptr(nn.Module):
     def word_logits(self, states: Tensor) -> Tensor:
         """MLM logits [n, V] of fused states [n, D]."""
         return self.word_head(states).float()
+
+    def attention_layers(self) -> AttentionLayers:
+        """Of the three encoders; with `fusion: merged` of the one there is."""
+        textual, visual, multimodal = (
+            [cast(Any, layer).attention.self for layer in stack.layer]
+            for stack in (self.encoder.textual, self.encoder.visual, self.encoder.multimodal)
+        )
+        return AttentionLayers(textual, visual, multimodal)
+
+    def concept_rows(self) -> ConceptRows:
+        """Words, which are tags too, and phrases."""
+        return ConceptRows(self.encoder.embeddings.word_rows(), self.encoder.embeddings.phrase_rows())
 
     def divisor(self) -> Tensor:
         """The learned temperature, in its range."""

@@ -31,5 +31,6 @@ def build_system(recipe: Recipe, vocabulary: Vocabulary) -> nn.Module:
         from vlscale.systems.mvptr import Mvptr
 
         assert recipe.data.concepts is not None
-        return Mvptr(config, recipe.data.concepts.region_width, vocabulary)
+        left_out = frozenset(name for name, weight in recipe.weights.items() if weight == 0)
+        return Mvptr(config, recipe.data.concepts.region_width, vocabulary, left_out)
     raise AssertionError(f"unregistered system {config.name}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlscale.config import Data, Recipe
 from vlscale.data.sample import Sample
+from vlscale.errors import UserError
 from vlscale.interop.run import Run
 
 
@@ -15,8 +16,21 @@ def split_hash(samples: list[Sample]) -> str:
     """sha256 over ids and captions in order: equal exactly when the same questions were asked."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(json.dumps([sample.id, *sample.captions], ensure_ascii=False).encode())
+        digest.update(json.dumps([sample.id, *sample.captions], ensure_ascii=False).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def first_images(samples: list[Sample], first: int | None) -> tuple[dict[str, int], list[Sample]]:
+    """What the card says of `--first`, and the images that are evaluated.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if first is None:
+        return {}, samples
+    if not 1 <= first <= len(samples):
+        raise UserError(f"--first {first}: expected a number of images from 1 to {len(samples)}, all of the split")
+    return {"first": first, "split_images": len(samples)}, samples[:first]
 
 
 def origin(run: Run, data: str | None, split: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from vlscale.errors import UserError
 from vlscale.interop.layout import write_json
 from vlscale.interop.run import load_run, run_samples
 from vlscale.systems.protocol import System
-from vlscale.tasks.card import max_tokens, origin, resolution, split_hash
+from vlscale.tasks.card import first_images, max_tokens, origin, resolution, split_hash
 from vlscale.tasks.features import OnMessage, OnProgress, Precision, encode_images, encode_texts
 from vlscale.tasks.recall import CUTOFFS, both_ways, chance
 from vlscale.tasks.stages import (
@@ -132,7 +132,7 @@ def evaluate_retrieval(
         raise UserError(f"--rerank {rerank}: expected the number of candidates, 0 or more")
     progress = on_progress or (lambda stage, done, total: None)
     precision = Precision.of(torch.device(device))
-    asked, samples = _asked(samples, first)
+    asked, samples = first_images(samples, first)
     images = encode_images(system, samples, recipe.data, tokenizer, precision, batch_size, progress)
     samples = [samples[index] for index in images.kept]
     captions, image_of_text = _captions(samples)
@@ -196,15 +196,6 @@ def _metrics(
 
 def _both(directions: tuple[Direction, Direction], scores: tuple[Tensor, Tensor], prefix: str) -> dict[str, float]:
     return both_ways(second_stage(directions[0], scores[0]), second_stage(directions[1], scores[1]), prefix)
-
-
-def _asked(samples: list[Sample], first: int | None) -> tuple[dict[str, int], list[Sample]]:
-    """What the card says of `--first`, and the images that are evaluated."""
-    if first is None:
-        return {}, samples
-    if not 1 <= first <= len(samples):
-        raise UserError(f"--first {first}: expected a number of images from 1 to {len(samples)}, all of the split")
-    return {"first": first, "split_images": len(samples)}, samples[:first]
 
 
 def _captions(samples: list[Sample]) -> tuple[list[str], Tensor]:
