@@ -41,17 +41,21 @@ def scenes(
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
     train: Annotated[int, typer.Option(min=1, help="Scenes to train on.")] = 8000,
     test: Annotated[int, typer.Option(min=1, help="Scenes held out.")] = 500,
+    val: Annotated[int | None, typer.Option(min=0, help="Scenes to validate by; default: as many as held out.")] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal bytes.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
 ) -> None:
-    """Render scenes with captions, boxes, tags and scene-graph tuples."""
+    """Render scenes with captions, boxes, tags, tuples, phrases, questions and statements."""
     from vlscale.data.scenes import render_scenes
 
     from . import terminal
 
+    val = test if val is None else val
     with terminal.progress() as report:
-        folder = render_scenes(out, train, test, seed, workers=workers, on_progress=partial(report, "rendering"))
-    print(f"{train:,} training and {test:,} test scenes: {folder}")
+        folder = render_scenes(
+            out, train, test, seed, workers=workers, on_progress=partial(report, "rendering"), val=val
+        )
+    print(f"{train:,} training, {val:,} validation and {test:,} test scenes: {folder}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from dataclasses import replace
@@ -18,10 +19,15 @@ from vlscale.data.scene_world import COLOURS, Scene
 from vlscale.data.sources.jsonl import read_jsonl
 from vlscale.errors import UserError
 
+_RECORDS = "06f753ef4f701cb216cf207bce5c3ceba529bca2051ff3a1ac5cfebac6fedc7c"
+_MEANS, _DEVIATION = (136.924, 128.663, 124.211), 70.037
+"""Of version 5's 60 + 20 scenes of seed 0: sha256 of the records, mean of each channel, deviation of the pixels."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes.render_scenes(tmp_path_factory.mktemp("scenes") / "set", train=60, test=20, seed=0, workers=1)
+    out = tmp_path_factory.mktemp("scenes") / "set"
+    return scenes.render_scenes(out, train=60, test=20, seed=0, workers=1, val=10)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +40,28 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_files_do_not_depend_on_the_workers(folder: Path, tmp_path: Path) -> None:
-    again = scenes.render_scenes(tmp_path / "again", train=60, test=20, seed=0, workers=2)
+    again = scenes.render_scenes(tmp_path / "again", train=60, test=20, seed=0, workers=2, val=10)
     assert _contents(again) == _contents(folder)
-    assert len(_contents(folder)) == 82  # pictures, captions.jsonl, manifest.json
+    assert len(_contents(folder)) == 93  # pictures, captions.jsonl, pairs.jsonl, manifest.json
+
+
+def test_pictures_and_captions_of_before_there_were_tasks_are_unchanged(folder: Path, records: list[dict]) -> None:
+    """Results that were published on train and test stay comparable: whatever is added, these must not change."""
+    old = ("image", "id", "split", "captions", "boxes", "tags", "tuples", "scene")
+    kept = [{key: record[key] for key in old} for record in records if record["split"] != "val"]
+    assert hashlib.sha256(json.dumps(kept).encode()).hexdigest() == _RECORDS
+    pixels = np.stack([np.asarray(Image.open(folder / record["image"]), float) for record in kept])
+    assert pixels.mean(axis=(0, 1, 2)) == pytest.approx(_MEANS, abs=0.01)
+    assert pixels.std() == pytest.approx(_DEVIATION, abs=0.01)
+
+
+def test_validation_scenes_are_scenes_of_their_own(records: list[dict]) -> None:
+    seen = [(r["split"], r["scene"]["background"], sorted(r["tags"]), r["captions"]) for r in records]
+    assert [split for split, *_ in seen].count("val") == 10
+    captions = [caption for *_, texts in seen for caption in texts]
+    assert len(set(captions)) == len(captions)
+    without = scenes.plan_scenes({"train": 30, "test": 10}, seed=4)
+    assert scenes.plan_scenes({"train": 30, "test": 10, "val": 5}, seed=4)[:40] == without
 
 
 def test_another_seed_is_another_set(folder: Path, tmp_path: Path) -> None:
@@ -54,7 +79,7 @@ def test_held_out_scenes_do_not_depend_on_the_training_set() -> None:
 def test_records_read_as_samples(folder: Path) -> None:
     samples = read_jsonl(folder / "captions.jsonl")
     assert [s.split for s in samples].count("train") == 60
-    assert len({s.id for s in samples}) == len(samples) == 80
+    assert len({s.id for s in samples}) == len(samples) == 90
     for sample in samples:
         assert sample.image.is_file()
         assert len(sample.captions) == 5
@@ -118,7 +143,7 @@ def test_embedded_scenes_are_rendered_once(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(scenes, "render_scenes", counted)
     options = config.Scenes(train=4, test=2, seed=7)
-    killed = tmp_path / "cache" / f".scenes-v{scenes.VERSION}-4-2-seed7.abc"
+    killed = tmp_path / "cache" / f".scenes-v{scenes.VERSION}-4-2-2-seed7.abc"
     killed.mkdir(parents=True)
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(scenes.embedded_scenes(options))) for _ in range(3)]
@@ -131,9 +156,12 @@ def test_embedded_scenes_are_rendered_once(tmp_path: Path, monkeypatch: pytest.M
     assert found[0].parent == tmp_path / "cache"
     assert not killed.exists()
     assert f"v{scenes.VERSION}" in found[0].name
+    without = scenes.embedded_scenes(config.Scenes(train=4, test=2, seed=7, val=0))
+    assert without != found[0]
+    assert [len(read_jsonl(place / "captions.jsonl")) for place in (found[0], without)] == [8, 6]
     monkeypatch.setattr(scenes, "VERSION", scenes.VERSION + 1)
     assert scenes.embedded_scenes(options) != found[0]
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 def test_an_unwritable_cache_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +185,8 @@ def test_bad_requests_are_refused(folder: Path, tmp_path: Path) -> None:
         scenes.render_scenes(folder, train=1, test=1, seed=0)
     with pytest.raises(UserError, match="train is -1"):
         scenes.render_scenes(tmp_path / "a", train=-1, test=1, seed=0)
+    with pytest.raises(UserError, match="val is -1"):
+        scenes.render_scenes(tmp_path / "a", train=1, test=1, seed=0, val=-1)
     with pytest.raises(UserError, match="seed is -1"):
         scenes.render_scenes(tmp_path / "a", train=1, test=1, seed=-1)
     with pytest.raises(UserError, match="expected at least 1"):

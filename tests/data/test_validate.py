@@ -89,4 +89,4 @@ def test_rendered_scenes_are_valid(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     report = validate(out)
     assert report.problems == []
-    assert report.splits == {"train": 6, "test": 3}
+    assert report.splits == {"train": 6, "test": 3, "val": 3}

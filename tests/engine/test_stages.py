@@ -42,7 +42,7 @@ def test_the_second_stage_starts_from_the_first_ones_weights(
     started: list[dict[str, torch.Tensor]] = []
     train = loop._train
 
-    def spy(run: loop.Run, last: int) -> dict[str, float | int]:
+    def spy(run: loop.Run, last: int, on_epoch: None) -> dict[str, float | int]:
         started.append(consolidated(run.system))
         assert not run.engine.optimizer.state_dict()["base_optimizer_state"]["state"].get(0)
         return train(run, last)
@@ -66,7 +66,7 @@ def test_the_second_stage_starts_from_the_first_ones_weights(
         rates = [row["lr"] for row in rows(folder)]
         assert rates[0] < rates[1] > rates[-1]
         assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
-    assert load_recipe(str(out / "recipe.yaml")) == load_recipe(str(out / "recipe.yaml")).final
+    assert load_recipe(str(out / "recipe.yaml")).train.stages == ()
     assert (out / "phrases.jsonl").read_bytes() == (out / "stage-1/phrases.jsonl").read_bytes()
 
 
@@ -90,7 +90,7 @@ def test_an_interrupted_run_goes_on_where_it_was(group: None, tmp_path: Path, st
     folder = out if stage == 2 else out / "stage-1"
     first = out / "stage-1/checkpoints/step-00000006" if stage == 2 else None
     loop.pretrain(
-        recipe.of_stage(stage),
+        recipe.stages[stage - 1],
         out=folder,
         ds_config="zero2_cpu",
         threads=torch.get_num_threads(),
@@ -134,7 +134,7 @@ def test_the_run_keeps_its_phrases(group: None, tmp_path: Path) -> None:
 
 
 def test_phrases_start_as_the_mean_of_their_words(group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_train", lambda run, last: systems.append(run.system) or {})
+    monkeypatch.setattr(loop, "_train", lambda run, last, on_epoch: systems.append(run.system) or {})
     systems: list[Any] = []
     run(recipe_of(tmp_path), tmp_path / "run", stage=1)
     table = systems[0].encoder.embeddings
@@ -156,10 +156,10 @@ def test_mistakes_are_told_before_anything_starts(group: None, tmp_path: Path) -
     ):
         with pytest.raises(UserError, match=message):
             run(recipe, out, **options)
-    with pytest.raises(UserError, match=r"has no train\.stages"):
-        run(recipe.of_stage(2), out, stage=1)
+    with pytest.raises(UserError, match="is trained in one stage"):
+        run(recipe.stages[1], out, stage=1)
     assert not out.exists()
-    loop.pretrain(recipe.of_stage(1), out=out / "stage-1", ds_config="zero2_cpu", stop_after=3)
+    loop.pretrain(recipe.stages[0], out=out / "stage-1", ds_config="zero2_cpu", stop_after=3)
     assert read_state(out / "stage-1/checkpoints/step-00000003").total_steps == 6
     with pytest.raises(UserError, match="is not finished; go on with --stage 1 --resume auto"):
         run(recipe, out, stage=2)
@@ -171,7 +171,6 @@ def test_mistakes_are_told_before_anything_starts(group: None, tmp_path: Path) -
     ("changes", "message"),
     [
         ({"train": {"stages": [1]}}, "train.stages: 1 stages of mvptr, but it has 2"),
-        ({"system": {"fusion": "merged"}}, "fusion: merged does not have: use stage 2, and remove train.stages"),
         ({"data": {"concepts": None}}, "mvptr reads phrases, tags and regions"),
         ({"data": {"concepts": {"max_words": 60}}}, r"data.concepts: 65 tokens, but system.text.max_positions is 64"),
     ],
@@ -189,3 +188,10 @@ def test_recipes_that_do_not_fit_are_refused(changes: dict[str, Any], message: s
 def test_only_systems_with_stages_have_them() -> None:
     with pytest.raises(UserError, match=r"2 stages of albef, but it has one: remove it, and set train\.epochs"):
         load_recipe("albef_tiny", ["train.stages=[1, 2]"])
+
+
+def test_one_encoder_is_trained_in_the_last_stage_for_the_epochs_of_all() -> None:
+    recipe = load_recipe("mvptr_tiny", ["system.fusion=merged", "system.wpg.layer=4", "train.stages=[3, 6]"])
+    (only,) = recipe.stages
+    assert (only.train.epochs, only.train.stages) == (9, ())
+    assert only.system.model_dump()["stage"] == 2

@@ -20,3 +20,8 @@ class Abilities(Section):
     """Whether it reads phrases, tags and regions in place of pixels."""
     stages: ClassVar[int] = 1
     """Stages of its pre-training, one after the other; where there are several it has the key `stage`."""
+
+    @property
+    def skips_to_last(self) -> bool:
+        """Whether it can be trained in the last stage alone, for the epochs of all."""
+        return False

@@ -128,6 +128,8 @@ class Scenes(Section):
 
     train: PositiveInt = 8000
     test: NonNegativeInt = 500
+    val: NonNegativeInt | None = None
+    """Scenes to choose the best epoch by; None: as many as for the test."""
     seed: NonNegativeInt = 0
 
 

@@ -92,16 +92,16 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
     if not isinstance(tree, dict):
         raise UserError(f"{source}: expected a mapping of sections (system, data, train, …)")
     tree.setdefault("name", path.stem)
-    _numbers(tree)
+    to_numbers(tree)
     return tree, source
 
 
-def _numbers(node: Any) -> None:
+def to_numbers(node: Any) -> None:
     """Turn YAML 1.1's string readings of 1e-4 into numbers, everywhere."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in list(items):
         if isinstance(value, dict | list):
-            _numbers(value)
+            to_numbers(value)
         else:
             node[key] = _number_or(value)
 

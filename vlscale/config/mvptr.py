@@ -91,6 +91,11 @@ class MvptrSystem(Abilities):
     """Recompute activations in the backward pass: less memory, more time."""
 
     @property
+    def skips_to_last(self) -> bool:
+        """Stage 1 trains uni-modal encoders, which `fusion: merged` does not have."""
+        return self.fusion == "merged"
+
+    @property
     def multimodal_layers(self) -> int:
         """Layers of the encoder that sees both modalities."""
         return 2 * self.text.layers if self.fusion == "merged" else self.text.layers

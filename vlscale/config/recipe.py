@@ -10,13 +10,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
 from vlscale.config.data import Data
-from vlscale.config.section import Section, Share
+from vlscale.config.section import PositiveShare, Section, Share
 from vlscale.config.systems import LOSSES, SystemConfig
+from vlscale.config.tasks import TaskConfig, loss_names
 
 
 class Rate(Section):
@@ -34,7 +34,9 @@ class Rate(Section):
     min_lr: NonNegativeFloat = 1e-5
     """Learning rate at the end of the cosine or line."""
     milestones: tuple[PositiveFloat, ...] = ()
-    """Epochs at which `steps` divides the rate by 10."""
+    """Epochs at which `steps` lowers the rate …"""
+    factor: PositiveShare = 0.1
+    """… to this share of itself."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
@@ -103,6 +105,8 @@ class Recipe(Section):
 
     name: str
     system: SystemConfig
+    task: TaskConfig | None = None
+    """What a fine-tuning teaches; none: pre-training."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Weight of each loss by name; a loss not named counts with weight 1."""
     data: Data = Field(default_factory=Data)
@@ -113,6 +117,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
         known = LOSSES[self.system.name]
+        if self.task is not None:
+            known = loss_names(self.task, known)
         unknown = sorted(set(self.weights) - set(known))
         if unknown:
             raise ValueError(
@@ -123,16 +129,20 @@ class Recipe(Section):
         self._stages_fit()
         return self
 
-    def of_stage(self, stage: int) -> Recipe:
-        """The recipe of one stage alone, from 1."""
-        system = self.system.model_copy(update={"stage": stage})
-        train = self.train.model_copy(update={"stages": (), "epochs": self.train.stages[stage - 1]})
-        return self.model_copy(update={"system": system, "train": train})
-
     @property
-    def final(self) -> Recipe:
-        """The recipe of what the run folder holds in the end: the last stage's, or itself."""
-        return self.of_stage(len(self.train.stages)) if self.train.stages else self
+    def stages(self) -> list[Recipe]:
+        """The recipe of each stage alone, in order; itself where there are no `train.stages`."""
+        epochs = self.train.stages
+        if not epochs:
+            return [self]
+        if self.system.skips_to_last:
+            return [self._of_stage(len(epochs), sum(epochs))]
+        return [self._of_stage(number, own) for number, own in enumerate(epochs, start=1)]
+
+    def _of_stage(self, stage: int, epochs: float) -> Recipe:
+        system = self.system.model_copy(update={"stage": stage})
+        train = self.train.model_copy(update={"stages": (), "epochs": epochs})
+        return self.model_copy(update={"system": system, "train": train})
 
     def _texts_fit(self) -> None:
         rows, concepts = self.system.text.max_positions, self.data.concepts
@@ -146,12 +156,6 @@ class Recipe(Section):
         if stages and stages != most:
             what = f"it has {most}" if most > 1 else "it has one: remove it, and set train.epochs"
             raise ValueError(f"train.stages: {stages} stages of {self.system.name}, but {what}")
-        for stage in range(1, stages + 1):
-            try:
-                type(self.system).model_validate(self.system.model_dump() | {"stage": stage})
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-                raise ValueError(f"train.stages: {reason}, and remove train.stages") from None
 
     def _system_reads_it(self) -> None:
         """Keys that only some systems read are errors elsewhere."""
@@ -161,7 +165,8 @@ class Recipe(Section):
         if self.data.texts.per_image > 1 and not system.many_texts:
             raise ValueError(f"data.texts: {system.name} takes one text per image: remove it")
         texts = self.data.texts
-        if system.many_texts and not (texts.negative or texts.coin) and self.weights.get("itm", 1.0) != 0:
+        matches = (self.task is None or self.task.name == "retrieval") and self.weights.get("itm", 1.0) != 0
+        if system.many_texts and not (texts.negative or texts.coin) and matches:
             raise ValueError(
                 f"data.texts: {system.name} learns to match from texts of other images: set data.texts.negative (2 in "
                 "the paper, with data.texts.positive 2), or weights.itm to 0"

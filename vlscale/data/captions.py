@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
 from vlscale.config import Data
+from vlscale.data.answers import load_answers
 from vlscale.data.concepts import encode_texts_with_phrases, load_phrases, with_phrases
 from vlscale.data.sample import Vocabulary
 from vlscale.data.text import TextTokenizer
@@ -36,10 +39,16 @@ class CaptionEncoder:
         return encode_texts_with_phrases(captions, self._concepts, self._tokenizer, self._phrases)._asdict()
 
 
-def vocabulary_of(tokenizer: TextTokenizer, data: Data) -> Vocabulary:
-    """What a system is built for: the words, and the phrases where the data has them.
+def vocabulary_of(tokenizer: TextTokenizer, data: Data, answers: Path | None = None) -> Vocabulary:
+    """What a system is built for: the words, the phrases where the data has them, the answers of a task.
 
     Raises:
-        UserError: the vocabulary of phrases can't be read.
+        UserError: a vocabulary can't be read.
     """
-    return tokenizer.vocabulary if data.concepts is None else with_phrases(tokenizer, load_phrases(data.concepts))
+    words = tokenizer.vocabulary
+    if data.concepts is not None:
+        words = with_phrases(tokenizer, load_phrases(data.concepts))
+    if answers is None:
+        return words
+    pieces = tokenizer.pieces(load_answers(answers))
+    return replace(words, answer_pieces=tuple(tuple(one.ids) or (words.mask,) for one in pieces))

@@ -248,6 +248,7 @@ def normalize_batch(batch: Batch, data: Data) -> Batch:
         batch,
         images=images,
         second_images=None if second is None else _normalized(second, batch.image_sizes, data),
+        right=None if batch.right is None else normalize_batch(batch.right, data),
     )
 
 

@@ -18,8 +18,8 @@ from vlscale.data.sources.registry import make_source, parse_source, read_source
 from vlscale.data.sources.stored import open_stored
 from vlscale.errors import UserError
 
-CAPTIONS_FILE = "captions.jsonl"
-"""Name of the annotations in a folder made by `vlscale data scenes`."""
+CAPTIONS_FILE, PAIRS_FILE = "captions.jsonl", "pairs.jsonl"
+"""Names of the annotations in a folder made by `vlscale data scenes`: of pictures, and of pairs of them."""
 TRAINING_SPLITS = ("train", "restval")
 VALIDATION_SPLITS = ("val", "dev")
 """Two names for one thing."""
@@ -45,6 +45,21 @@ def read_data(data: Data) -> Corpus:
     if len(corpora) == 1 and sources[0].weight == 1:
         return corpora[0]
     return Joined(corpora, [source.weight for source in sources])
+
+
+def read_pairs(data: Data) -> Corpus:
+    """What tasks over two images read: the pairs of the embedded scenes, or of a folder made by `vlscale data scenes`;
+    of other data, which are pairs themselves (NLVR2), what `read_data` gives.
+
+    Raises:
+        UserError: see read_data.
+    """
+    if data.path is None:
+        from vlscale.data.scenes import embedded_scenes
+
+        return _in_memory(parse_source(f"jsonl:{embedded_scenes(data.scenes) / PAIRS_FILE}"), frozenset())
+    pairs = os.path.join(os.path.expanduser(data.path), PAIRS_FILE)
+    return read_data(data.model_copy(update={"path": pairs}) if os.path.isfile(pairs) else data)
 
 
 def load_sources(spec: str, root: str | None = None) -> tuple[list[Source], list[Source]]:

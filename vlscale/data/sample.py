@@ -128,6 +128,9 @@ class Vocabulary:
     phrase_pieces: tuple[tuple[int, ...], ...] = ()
     """Word pieces of each phrase concept; phrase p has the id size + p."""
 
+    answer_pieces: tuple[tuple[int, ...], ...] = ()
+    """Word pieces of each answer that a task chooses from."""
+
     @property
     def phrases(self) -> int:
         """Phrase concepts beside the `size` words."""
@@ -169,6 +172,10 @@ class Batch:
     """[I, R] int64, 1 = a region; rows end in padding."""
     region_boxes: Tensor | None = None
     """[I, R, 4] float32: x1, y1, x2, y2 as shares of the image's width and height; 0 in padding."""
+    right: Batch | None = None
+    """Right images of pairs (NLVR2), without texts; `images` are the left ones."""
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    """What a task asks for, by name: see `vlscale.data.targets`."""
     sample_ids: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -181,6 +188,8 @@ class Batch:
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
+        moved["targets"] = {name: value.to(device, non_blocking=True) for name, value in self.targets.items()}
+        moved["right"] = None if self.right is None else self.right.to(device)
         return replace(self, **moved)
 
     def __len__(self) -> int:

@@ -1,13 +1,15 @@
 """Captions, tags and scene-graph tuples of an embedded scene, all true by construction.
 
 A caption is one of ten sentence forms filled with mentions ("the small striped red ball"), places and relations. Each
-of a scene's captions takes another form; forms that do not apply (no relation holds) pass the turn to the next.
+of a scene's captions takes another form; forms that do not apply (no relation holds) pass the turn to the next. Every
+caption comes with its mentions, which are the phrases whose boxes are known.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from vlscale.data.scene_world import Scene, Thing, zone
 
@@ -94,17 +96,40 @@ _DETAIL = {2: 1.0, 3: 0.85, 4: 0.5, 5: 0.25}
 Form = Callable[["_Writer"], str | None]
 
 
+class Mention(NamedTuple):
+    """Words of a caption that mean things of the scene."""
+
+    text: str
+    first_word: int
+    """Number of its first word, the caption split at spaces."""
+    things: tuple[int, ...]
+    """Several where one phrase means all of them: `three objects`."""
+
+
+class Caption(NamedTuple):
+    """A caption and, in the order of its words, what it mentions."""
+
+    text: str
+    mentions: tuple[Mention, ...]
+
+
 def captions(scene: Scene, rng: random.Random, taken: set[str]) -> list[str]:
+    """The texts of `write`."""
+    return [caption.text for caption in write(scene, rng, taken)]
+
+
+def write(scene: Scene, rng: random.Random, taken: set[str]) -> list[Caption]:
     """PER_SCENE captions of the scene, none of them in `taken`, to which they are added."""
     forms = list(_FORMS)
     rng.shuffle(forms)
-    written: list[str] = []
+    written: list[Caption] = []
     turn = 0
     while len(written) < PER_SCENE:
-        text = forms[turn % len(forms)](_Writer(scene, rng))
+        writer = _Writer(scene, rng)
+        text = forms[turn % len(forms)](writer)
         turn += 1
         if text is not None and text not in taken and len(text.split()) <= MAX_WORDS:
-            written.append(text)
+            written.append(Caption(text, writer.mentions(text)))
             taken.add(text)
     return written
 
@@ -133,6 +158,17 @@ class _Writer:
         rng.shuffle(order)
         order.sort(key=lambda i: scene.things[i].size == "small" and rng.random() < 0.5)  # large things come first
         self.order = order
+        self.said: list[tuple[str, tuple[int, ...]]] = []
+        """Words and things of every mention, in the order of the text."""
+
+    def mentions(self, text: str) -> tuple[Mention, ...]:
+        """Where in the finished caption the mentions are."""
+        found, end = [], 0
+        for words, things in self.said:
+            start = text.index(words, end)
+            found.append(Mention(words, text.count(" ", 0, start), things))
+            end = start + len(words)
+        return tuple(found)
 
     def pick(self, words: Sequence[str]) -> str:
         return self.rng.choice(words)
@@ -151,7 +187,9 @@ class _Writer:
         words += [self.pick(COLOUR_WORDS.get(thing.colour, (thing.colour,))), self.pick(NOUNS[thing.shape])]
         if article == "a" and words[0][0] in "aeiou":
             article = "an"
-        return " ".join([article, *words] if article else words) + tail
+        text = " ".join([article, *words] if article else words) + tail
+        self.said.append((text, (index,)))
+        return text
 
     def place(self) -> str:
         return self.pick(PLACES[self.scene.background])
@@ -202,6 +240,7 @@ def _counted(w: _Writer) -> str:
     names = [w.thing(i, detail=0.7 if count < 4 else 0.3) for i in w.some(4)]
     what = w.pick(("things", "objects", "toys"))
     link = ":" if len(names) == count else ", among them"
+    w.said.insert(0, (f"{COUNTS[count]} {what}", tuple(range(count))))
     return f"{COUNTS[count]} {what} {w.place()}{link} {_joined(names)}"
 
 

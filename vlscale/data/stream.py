@@ -23,6 +23,7 @@ from vlscale.data.images import ImageError, evaluation_image, load_image, train_
 from vlscale.data.order import Order, ShuffledOrder, generator, number_of
 from vlscale.data.pairs import DrawnTexts, draw_texts
 from vlscale.data.sample import Batch, Sample, SampleError
+from vlscale.data.targets import Targets
 from vlscale.data.text import TextTokenizer
 from vlscale.data.workers import context, start_worker, warm_up
 from vlscale.errors import UserError
@@ -55,6 +56,7 @@ class Stream:
         start_step: int = 0,
         workers: int = 0,
         order: Order | None = None,
+        targets: Targets | None = None,
     ) -> None:
         corpus = as_corpus(samples)
         if not len(corpus):
@@ -72,7 +74,7 @@ class Stream:
         if data.concepts is not None:
             check_regions(corpus, data.concepts)
         self._rank, self._world, self._start_step = rank, world, start_step
-        self._dataset = _TrainingBatches(corpus, data, tokenizer, seed, self._order)
+        self._dataset = _TrainingBatches(corpus, data, tokenizer, seed, self._order, targets)
         self._workers = workers
         if workers:
             warm_up()  # the caller builds its engine meanwhile
@@ -160,13 +162,23 @@ class _Drawn(NamedTuple):
     """One or two, uint8 [3, H, W]; with `data.concepts` one without pixels."""
     texts: DrawnTexts
     concepts: ConceptInputs | None = None
+    right: Tensor | None = None
+    """Of a pair: its right image, uint8 [3, H, W]."""
 
 
 class _TrainingBatches(Dataset[Any]):
     """A list of positions → the fields of a Batch, or the UserError that ends the run. Runs in the workers."""
 
-    def __init__(self, corpus: Corpus, data: Data, tokenizer: TextTokenizer, seed: int, order: Order) -> None:
-        self._corpus = corpus
+    def __init__(
+        self,
+        corpus: Corpus,
+        data: Data,
+        tokenizer: TextTokenizer,
+        seed: int,
+        order: Order,
+        targets: Targets | None,
+    ) -> None:
+        self._corpus, self._targets = corpus, targets
         self._data, self._tokenizer, self._seed, self._order = data, tokenizer, seed, order
         self._concepts = None
         if data.concepts is not None:
@@ -178,7 +190,10 @@ class _TrainingBatches(Dataset[Any]):
             drawn = [self._readable(position, skipped) for position in positions]
         except UserError as error:  # as a value: the loader would wrap it into a traceback
             return error
-        return {**self._images(drawn), **self._texts(drawn), "skipped": skipped}
+        fields = {**self._images(drawn), **self._texts(drawn), "skipped": skipped}
+        if self._targets is not None:
+            fields["targets"] = self._targets([one.sample for one in drawn], fields)
+        return fields
 
     def _images(self, drawn: list[_Drawn]) -> dict[str, Any]:
         first, *second = (
@@ -192,6 +207,7 @@ class _TrainingBatches(Dataset[Any]):
             "second_images": second[0][0] if second else None,
             "image_ids": torch.tensor([number_of(image_identity(one.sample)) >> 1 for one in drawn]),
             "sample_ids": [one.sample.id for one in drawn],
+            "right": _right_images([one.right for one in drawn if one.right is not None], self._data),
         }
 
     def _texts(self, drawn: list[_Drawn]) -> dict[str, Any]:
@@ -233,7 +249,11 @@ class _TrainingBatches(Dataset[Any]):
             return _Drawn(sample, [_no_pixels()], texts, self._concepts.read(sample, texts.texts[0], drawn))
         image, may_flip = load_image(sample.image), not texts.names_a_side
         draws = [drawn, generator(*names, _SECOND_VIEW)] if self._data.second_view else [drawn]
-        return _Drawn(sample, [train_transform(self._data, of_view, may_flip)(image) for of_view in draws], texts)
+        views = [train_transform(self._data, of_view, may_flip)(image) for of_view in draws]
+        if sample.second is None:
+            return _Drawn(sample, views, texts)
+        right = train_transform(self._data, drawn, may_flip)(load_image(sample.second))
+        return _Drawn(sample, views, texts, right=right)
 
 
 class _EvaluationBatches(Dataset[Any]):
@@ -244,13 +264,16 @@ class _EvaluationBatches(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any] | UserError:
         images: list[Tensor] = []
+        right: list[Tensor] = []
         inputs: list[ConceptInputs] = []
         kept, ids, skipped = [], [], []
         for index in indices:
             try:
                 sample = self._corpus.sample(index)
                 if self._concepts is None:
-                    images.append(evaluation_image(sample.image, self._data))
+                    shown = [evaluation_image(file, self._data) for file in (sample.image, sample.second) if file]
+                    images.append(shown[0])
+                    right += shown[1:]
                 else:
                     inputs.append(self._concepts.read(sample))
                     images.append(_no_pixels())
@@ -268,6 +291,7 @@ class _EvaluationBatches(Dataset[Any]):
             "input_ids": torch.empty(len(kept), 0, dtype=torch.int64),
             "attention_mask": torch.empty(len(kept), 0, dtype=torch.int64),
             "image_ids": torch.tensor(kept, dtype=torch.int64),
+            "right": _right_images(right, self._data),
             "sample_ids": ids,
             "skipped": skipped,
         }
@@ -294,6 +318,15 @@ def _loaded(dataset: Dataset[Any], positions: Iterator[list[int]], workers: int)
         # batches, which ended in a traceback.
         if isinstance(items, _MultiProcessingDataLoaderIter):
             items._shutdown_workers()
+
+
+def _right_images(views: list[Tensor], data: Data) -> Batch | None:
+    """Of samples that are pairs, all of them or none."""
+    if not views:
+        return None
+    pixels, sizes = stacked(views, data.image_size, data.aspect)
+    nothing = torch.empty(len(views), 0, dtype=torch.int64)
+    return Batch(pixels, nothing, nothing, torch.arange(len(views)), image_sizes=sizes)
 
 
 def _no_pixels() -> Tensor:

@@ -233,7 +233,7 @@ def require_same(run: Run) -> None:
     source = run.folder / layout.RECIPE
     if not source.is_file() or not (run.finished or layout.complete_checkpoints(run.folder)):
         return
-    found, wanted = load_recipe(str(source)), start.absolute_paths(run.recipe.final)
+    found, wanted = load_recipe(str(source)), start.absolute_paths(run.recipe.stages[-1])
     checkpoint.require_same(wanted, found, source)
     if run.finished:
         before, now = found.eval.model_dump(), wanted.eval.model_dump()
@@ -271,7 +271,7 @@ def finish(run: Run) -> None:
 def _step_seconds(run: Run) -> float:
     """Seconds of all steps that count, over however many interruptions: setting up and saving not included."""
     seconds = 0.0
-    stages = max(1, len(run.recipe.train.stages))
+    stages = len(run.recipe.stages)
     for stage in range(1, stages + 1):
         with (layout.stage_folder(run.folder, stage, stages) / layout.METRICS_JSONL).open(encoding="utf-8") as lines:
             for line in lines:

@@ -196,8 +196,12 @@ def _create(folder: Path) -> None:
 
 
 def _prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints; the marker goes first, a kill leaves no half one."""
+    """Remove all but the best and the newest `keep` complete checkpoints; the marker goes first, a kill leaves no half
+    one."""
+    best = layout.best_checkpoint(run)
     for checkpoint in layout.complete_checkpoints(run)[: -max(1, keep)]:
+        if checkpoint == best:
+            continue
         (checkpoint / layout.COMPLETE).unlink()
         shutil.rmtree(checkpoint)
 

@@ -78,7 +78,7 @@ def _steps(recipe: Recipe) -> dict[str, Any]:
     samples = _count_samples(recipe)
     known = samples is not None
     per_epoch = samples / recipe.train.global_batch if samples is not None else None
-    stages = [recipe.of_stage(number + 1).train for number in range(len(recipe.train.stages))] or [recipe.train]
+    stages = [stage.train for stage in recipe.stages]
     totals = [_total(train, per_epoch) for train in stages]
     epochs = [
         train.epochs if train.max_steps is None else total / per_epoch if per_epoch and isinstance(total, int) else None

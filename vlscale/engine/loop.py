@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from vlscale import distributed
 from vlscale.config import LOSSES, Recipe
+from vlscale.config.tasks import loss_names
 from vlscale.data.captions import vocabulary_of
 from vlscale.data.images import normalize_batch
-from vlscale.data.open import read_data, training_split
 from vlscale.data.order import layout_of
 from vlscale.data.sample import Batch
 from vlscale.data.stream import Stream
-from vlscale.engine import build, checkpoint, start
+from vlscale.data.targets import make_targets
+from vlscale.engine import best, build, checkpoint, start
 from vlscale.engine.monitor import Monitor
 from vlscale.engine.optim import has_backbone, set_learning_rate
 from vlscale.engine.schedule import BatchPlan, batch_plan, draw_seed, learning_rate, total_steps
@@ -29,7 +30,7 @@ from vlscale.engine.tally import Tally
 from vlscale.engine.writer import EngineWriter
 from vlscale.errors import UserError
 from vlscale.interop import layout
-from vlscale.interop.export import load_weights
+from vlscale.interop.start import start_from
 from vlscale.systems.protocol import Progress
 from vlscale.systems.registry import build_system
 
@@ -75,6 +76,10 @@ class Run:
             self.monitor.say(message)
 
 
+OnEpoch = Callable[[Run], Mapping[str, float]]
+"""Called on every rank after an epoch, the system in evaluation mode → validation metrics, the same everywhere."""
+
+
 def pretrain(
     recipe: Recipe,
     *,
@@ -84,6 +89,7 @@ def pretrain(
     threads: int | None = None,
     stop_after: int | None = None,
     weights: Path | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> RunResult:
     """Train the recipe's system; every rank calls this.
 
@@ -94,6 +100,7 @@ def pretrain(
         threads: CPU threads of this rank.
         stop_after: save and return after this step, as if interrupted there; the schedule stays the recipe's.
         weights: checkpoint of another run, whose weights, tokenizer and phrases a new run starts with.
+        on_epoch: gives validation metrics after every epoch; the epoch that is best by `task.best` is kept.
 
     Raises:
         UserError: input that can't be trained on, or `train.max_bad_steps` non-finite steps in a row.
@@ -102,7 +109,7 @@ def pretrain(
     distributed.init_from_environment()
     run = _set_up(start.absolute_paths(recipe), ds_config, Path(out), resume, start.set_threads(threads), weights)
     last = run.total_steps if stop_after is None else min(stop_after, run.total_steps)
-    row = _train(run, last)
+    row = _train(run, last, on_epoch)
     finished, seconds = run.state.step >= run.total_steps, time.monotonic() - started
     return RunResult(run.out, run.state.step, finished, run.newest, row, seconds)
 
@@ -118,7 +125,7 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
     say(f"batch: {plan}; {threads} CPU threads per rank")
     start.check_free(out, resume)
     with distributed.main_process_first():
-        samples = training_split(read_data(recipe.data))  # before the folder is made: a mistake leaves nothing behind
+        samples = start.training_examples(recipe)  # before the folder is made: a mistake leaves nothing behind
     data = layout_of(samples.parts())
     origin = start.find_origin(recipe, choice, out, resume, data, say)
     if origin.checkpoint is None:
@@ -128,9 +135,10 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
 
     torch.manual_seed(recipe.train.seed)
     device = distributed.device()
-    system = build_system(recipe, vocabulary_of(tokenizer, section))
+    answers = start.own_answers(recipe, samples, out, origin)
+    system = build_system(recipe, vocabulary_of(tokenizer, section, answers))
     if origin.weights is not None:
-        load_weights(system, origin.weights / layout.MODEL)
+        start_from(system, origin.weights / layout.MODEL)
         say(f"weights of {origin.weights}")
     system.to(device).train()
     system.place(device)  # type: ignore[operator]
@@ -148,6 +156,7 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
         world=plan.world,
         start_step=origin.step,
         workers=recipe.data.workers,
+        targets=None if recipe.task is None else make_targets(recipe.task, section, tokenizer, answers),
     )
     total = total_steps(recipe.train, stream.steps_per_epoch)
     state = origin.state or checkpoint.State(
@@ -167,25 +176,49 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
     monitor = None
     if distributed.rank() == 0:
         layout.write_json(out / layout.DS_CONFIG, config)
-        monitor = Monitor(out, total, origin.step, LOSSES.get(recipe.system.name, ()))
+        names = LOSSES.get(recipe.system.name, ())
+        monitor = Monitor(out, total, origin.step, names if recipe.task is None else loss_names(recipe.task, names))
     return Run(recipe, out, engine, system, stream, plan, total, state, device, monitor, origin.checkpoint)
 
 
-def _train(run: Run, last: int) -> dict[str, float | int]:
+def _train(run: Run, last: int, on_epoch: OnEpoch | None = None) -> dict[str, float | int]:
     """Steps up to `last`, saving on the way; returns the last row of the metrics."""
     row: dict[str, float | int] = {}
     batches = iter(run.stream)
     try:
         while run.state.step < last:
             row = train_step(run, batches)
-            if run.state.step % run.recipe.checkpoint.every == 0 or run.state.step == last:
+            judged = on_epoch is not None and _ends_epoch(run)
+            if run.state.step % run.recipe.checkpoint.every == 0 or run.state.step == last or judged:
                 keep = run.recipe.checkpoint.keep
                 run.newest = checkpoint.save(run.engine, run.system, run.out, run.state, keep)
+            if on_epoch is not None and judged:
+                _judge(run, on_epoch)
     finally:
         run.stream.close()
         if run.monitor is not None:
             run.monitor.close()
     return row
+
+
+def _ends_epoch(run: Run) -> bool:
+    """Whether the step just done was the last one of an epoch, or of the run."""
+    step, per_epoch = run.state.step, run.stream.steps_per_epoch
+    return int(step / per_epoch) > int((step - 1) / per_epoch) or step == run.total_steps
+
+
+def _judge(run: Run, on_epoch: OnEpoch) -> None:
+    """Validation metrics of this epoch, on every rank; the best epoch's checkpoint is kept."""
+    assert run.recipe.task is not None
+    random, task = torch.get_rng_state(), run.recipe.task
+    run.system.eval()
+    metrics = on_epoch(run)
+    run.system.train()
+    torch.set_rng_state(random)
+    step, epoch = run.state.step, run.state.step / run.stream.steps_per_epoch
+    is_best = distributed.on_main(lambda: best.record(run.out, task.best, step, epoch, metrics))
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    run.say(f"epoch {epoch:.2f}: {shown}{', the best so far' if is_best else ''}")
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float | int]:

@@ -14,14 +14,14 @@ def learning_rate(rate: Rate, step: int, total_steps: int, steps_per_epoch: floa
     """Rate of the optimizer step that follows `step` finished ones.
 
     Linear from `warmup_lr` to `lr` over the warm-up; then a cosine or a line to `min_lr` at `total_steps`, or, with
-    `steps`, `lr` divided by 10 from each of the `milestones` on.
+    `steps`, `lr` times `factor` from each of the `milestones` on.
     """
     warmup = rate.warmup_steps if rate.warmup_share is None else round(rate.warmup_share * total_steps)
     if step < warmup:
         return rate.warmup_lr + (rate.lr - rate.warmup_lr) * step / warmup
     if rate.schedule == "steps":
         passed = sum(step >= round(milestone * steps_per_epoch) for milestone in rate.milestones)
-        return rate.lr / 10**passed
+        return rate.lr / (1 / rate.factor) ** passed  # 1 / 0.1 is 10 exactly, 0.1 is not a tenth
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     left = 1 - done if rate.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return rate.min_lr + (rate.lr - rate.min_lr) * left

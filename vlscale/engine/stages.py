@@ -39,11 +39,11 @@ def pretrain(
     Raises:
         UserError: no such stage, the one before is not finished, or as `loop.pretrain`.
     """
-    stages = len(recipe.train.stages)
-    if not stages:
+    stages = len(recipe.stages)
+    if stages == 1:
         if stage is not None:
-            raise UserError(f"--stage {stage}: recipe {recipe.name} has no train.stages; leave --stage out")
-        return loop.pretrain(recipe, ds_config=ds_config, out=out, resume=resume, threads=threads)
+            raise UserError(f"--stage {stage}: recipe {recipe.name} is trained in one stage; leave --stage out")
+        return loop.pretrain(recipe.stages[0], ds_config=ds_config, out=out, resume=resume, threads=threads)
     if stage is not None and not 1 <= stage <= stages:
         raise UserError(f"--stage {stage}: recipe {recipe.name} has stages 1 to {stages}")
     if resume not in (None, "auto") and stage is None:
@@ -61,7 +61,7 @@ def pretrain(
         if number > 1 and again is None:
             weights = distributed.on_main(partial(_finished, layout.stage_folder(out, number - 1, stages), number))
         result = loop.pretrain(
-            recipe.of_stage(number), ds_config=ds_config, out=folder, resume=again, threads=threads, weights=weights
+            recipe.stages[number - 1], ds_config=ds_config, out=folder, resume=again, threads=threads, weights=weights
         )
         gc.collect()  # engine and system refer to each other in circles: free them before the next stage takes memory
     return result

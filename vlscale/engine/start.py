@@ -14,13 +14,16 @@ import torch
 from vlscale import distributed
 from vlscale.config import Data, Recipe, load_recipe, write_recipe
 from vlscale.config.data import AUTO
+from vlscale.config.tasks import VqaTask
+from vlscale.data.answers import answer_vocabulary, chosen_answers, load_answers, save_answers
 from vlscale.data.concepts import load_phrases
 from vlscale.data.corpus import Corpus, as_corpus
-from vlscale.data.open import absolute
+from vlscale.data.examples import examples_of
+from vlscale.data.open import TRAINING_SPLITS, absolute, read_data, read_pairs, training_split
 from vlscale.data.phrases import frequent_phrases
 from vlscale.data.sample import Sample
 from vlscale.data.text import TextTokenizer, build_tokenizer
-from vlscale.engine import checkpoint
+from vlscale.engine import best, checkpoint
 from vlscale.engine.build import Choice
 from vlscale.engine.checkpoint import State
 from vlscale.errors import UserError
@@ -110,6 +113,47 @@ def make_tokenizer(recipe: Recipe, samples: Sequence[Sample], out: Path, origin:
     return TextTokenizer.load(folder)
 
 
+def training_examples(recipe: Recipe) -> Corpus:
+    """What the recipe learns from: captioned images, or a task's examples.
+
+    Raises:
+        UserError: there are none.
+    """
+    task = recipe.task
+    if task is None or task.name == "retrieval":
+        return training_split(read_data(recipe.data))
+    read = read_pairs if task.name == "nlvr2" else read_data
+    return examples_of(read(recipe.data), task, TRAINING_SPLITS)
+
+
+def own_answers(recipe: Recipe, examples: Corpus, out: Path, origin: Origin) -> Path | None:
+    """The run's own vocabulary of answers, made of the training questions or copied; None where none is asked for.
+
+    Raises:
+        UserError: the vocabulary can't be read, or no answer is frequent enough.
+    """
+    task = recipe.task
+    if not isinstance(task, VqaTask):
+        return None
+    own, again = out / layout.ANSWERS, origin.checkpoint
+
+    def provide() -> None:
+        if again is not None:
+            answers = load_answers(again.parent.parent / layout.ANSWERS)
+        elif task.answers is not None:
+            answers = load_answers(Path(task.answers).expanduser())
+        else:
+            known = list(examples.readable())
+            questions = (example.questions[0] for example in known)
+            answers = answer_vocabulary(questions, task.min_count, task.size, chosen_answers(known))
+            if not answers:
+                raise UserError(f"task.min_count: no answer is given to {task.min_count} questions: lower it")
+        save_answers(own, answers)
+
+    distributed.on_main(provide)
+    return own
+
+
 def own_phrases(data: Data, samples: Corpus, out: Path, origin: Origin) -> Data:
     """The data with the run's own vocabulary of phrases: rank 0 makes or copies it, every rank reads the same file.
 
@@ -150,6 +194,7 @@ def _find_origin(
         say(f"{out}: nothing to resume, starting anew")
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.clear_after(out, origin.step, say)
+    best.forget_after(out, origin.step)
     write_recipe(recipe, out / layout.RECIPE)
     return origin
 

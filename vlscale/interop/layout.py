@@ -1,8 +1,9 @@
 """Where things lie in a run folder, and which of its checkpoints are complete.
 
-RUN/recipe.yaml  ds_config.json  tokenizer/  phrases.jsonl  metrics.jsonl  metrics.csv  skipped_images.txt
+RUN/recipe.yaml  ds_config.json  tokenizer/  phrases.jsonl  answers.json  metrics.jsonl  metrics.csv  skipped_images.txt
 RUN/checkpoints/step-00001200/   DeepSpeed's shards, model.safetensors, carried.safetensors, state.json, COMPLETE
 RUN/checkpoints/latest           name of the newest complete one
+RUN/best.json                    of a fine-tuning: validation metrics by epoch, and the best one
 RUN/stage-1/                     of a run in stages: a run folder of the stage before
 """
 
@@ -17,6 +18,8 @@ from typing import Any
 RECIPE = "recipe.yaml"
 DS_CONFIG = "ds_config.json"
 TOKENIZER = "tokenizer"
+ANSWERS = "answers.json"
+BEST = "best.json"
 PHRASES = ("phrases.jsonl", "phrases.json")
 """The vocabulary of phrases, where there is one: ours or MVPTR's."""
 METRICS_JSONL = "metrics.jsonl"
@@ -49,6 +52,11 @@ def phrases_of(run: Path) -> Path | None:
     return next((run / name for name in PHRASES if (run / name).is_file()), None)
 
 
+def answers_of(run: Path) -> Path | None:
+    """A run's own vocabulary of answers; None where it has none."""
+    return run / ANSWERS if (run / ANSWERS).is_file() else None
+
+
 def stage_folder(run: Path, stage: int, stages: int) -> Path:
     """Run folder of a stage, from 1; the last one's is the run folder itself."""
     return run if stage == stages else run / f"stage-{stage}"
@@ -64,6 +72,16 @@ def all_checkpoints(run: Path) -> list[Path]:
 def complete_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders whose save was finished, newest last."""
     return [entry for entry in all_checkpoints(run) if is_complete(entry)]
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """Of a fine-tuning the checkpoint of its best epoch; None where none was judged, or it is gone."""
+    path = run / BEST
+    if not path.is_file():
+        return None
+    step = json.loads(path.read_text(encoding="utf-8"))["best"]["step"]
+    checkpoint = run / CHECKPOINTS / checkpoint_name(max(0, step))
+    return checkpoint if is_complete(checkpoint) else None
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -35,7 +35,7 @@ class Run:
 
 
 def load_run(path: str | Path, device: str | None = None) -> Run:
-    """Rebuild a run's system: a run folder means its newest complete checkpoint.
+    """Rebuild a run's system: a run folder means its best checkpoint (fine-tuning), else its newest complete one.
 
     Raises:
         UserError: no run there, no complete checkpoint, or weights that don't fit the recipe.
@@ -44,7 +44,8 @@ def load_run(path: str | Path, device: str | None = None) -> Run:
     recipe = _with_own_phrases(without_downloads(load_recipe(str(folder / layout.RECIPE))), folder)
     tokenizer = TextTokenizer.load(folder / layout.TOKENIZER)
     place = torch.device(device) if device else distributed.device()
-    system = build_system(recipe, vocabulary_of(tokenizer, recipe.data))
+    answers = layout.answers_of(folder)
+    system = build_system(recipe, vocabulary_of(tokenizer, recipe.data, answers))
     load_weights(system, checkpoint / layout.MODEL)
     system.load_carried_state(read_tensors(checkpoint / layout.CARRIED))  # type: ignore[operator]
     system.to(place).eval()
@@ -71,7 +72,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     checkpoints = layout.complete_checkpoints(path)
     if not checkpoints:
         raise UserError(f"{path}: the run has no complete checkpoint yet")
-    return path, checkpoints[-1]
+    return path, layout.best_checkpoint(path) or checkpoints[-1]
 
 
 def run_samples(
