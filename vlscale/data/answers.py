@@ -20,6 +20,7 @@ MULTIPLE_CHOICE = "multiple_choice"
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
 _NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+_WORDS = {digits: word for word, digits in _NUMBERS.items() if word != "none"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -48,6 +49,11 @@ _TABLE = """
 """
 _CONTRACTIONS = dict(pair.split(":") for pair in _TABLE.split())
 """The official table, oddities included: texts are in lower case by then, so `Im` is never met."""
+
+
+def spelled(answer: str) -> str:
+    """The answer with its whole numbers up to ten as words, as captions have them: `2 dogs` → `two dogs`."""
+    return " ".join(_WORDS.get(word, word) for word in answer.split())
 
 
 @lru_cache(maxsize=1 << 16)  # millions of answers are a few ten thousand different ones

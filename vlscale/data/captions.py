@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vlscale.config import Data
-from vlscale.data.answers import load_answers
+from vlscale.data.answers import load_answers, spelled
 from vlscale.data.concepts import encode_texts_with_phrases, load_phrases, with_phrases
 from vlscale.data.sample import Vocabulary
 from vlscale.data.text import TextTokenizer
@@ -50,5 +50,11 @@ def vocabulary_of(tokenizer: TextTokenizer, data: Data, answers: Path | None = N
         words = with_phrases(tokenizer, load_phrases(data.concepts))
     if answers is None:
         return words
-    pieces = tokenizer.pieces(load_answers(answers))
-    return replace(words, answer_pieces=tuple(tuple(one.ids) or (words.mask,) for one in pieces))
+    pieces = answer_pieces(load_answers(answers), tokenizer)
+    return replace(words, answer_pieces=tuple(tuple(one) or (words.mask,) for one in pieces))
+
+
+def answer_pieces(answers: Sequence[str], tokenizer: TextTokenizer) -> list[list[int]]:
+    """Word pieces of each answer; of one that has no token, such as a digit where all captions spell it, its words'."""
+    texts = [answer if tokenizer.knows(answer) else spelled(answer) for answer in answers]
+    return [pieces.ids for pieces in tokenizer.pieces(texts)]

@@ -14,6 +14,7 @@ from torchvision.ops import box_iou
 from vlscale.config import Data
 from vlscale.config.tasks import GroundingTask, TaskConfig, VqaTask
 from vlscale.data.answers import load_answers, normalise, soft_scores
+from vlscale.data.captions import answer_pieces
 from vlscale.data.examples import ENTAILMENT, TRUTH
 from vlscale.data.sample import Sample
 from vlscale.data.spans import Annotated, SpanEncoder
@@ -123,7 +124,7 @@ class Overlaps:
 def answer_tokens(answers: Sequence[str], tokenizer: TextTokenizer, longest: int) -> tuple[Tensor, Tensor]:
     """[CLS] answer [SEP] and padding, cut at `longest`: ids and mask, both [n, L] int64; L is the longest's length."""
     v = tokenizer.vocabulary
-    rows = [[v.cls, *pieces.ids[: longest - 2], v.sep] for pieces in tokenizer.pieces(answers)]
+    rows = [[v.cls, *pieces[: longest - 2], v.sep] for pieces in answer_pieces(answers, tokenizer)]
     length = max(map(len, rows))
     ids = np.full((len(rows), length), v.pad, dtype=np.int64)
     for row, own in enumerate(rows):

@@ -99,6 +99,12 @@ class TextTokenizer:
             for text, encoding in zip(cleaned, encodings, strict=True)
         ]
 
+    def knows(self, text: str) -> bool:
+        """Whether the text has a token for everything in it."""
+        unknown = self._backend.token_to_id(UNK)
+        (pieces,) = self.pieces([text])
+        return bool(pieces.ids) and unknown not in pieces.ids
+
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """The words of one text, special tokens left out."""
         v = self.vocabulary
