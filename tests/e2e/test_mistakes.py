@@ -25,6 +25,7 @@ MISTAKES = {
     "unknown command": (["train"], "train"),
     "no run to evaluate": (["eval", "retrieval"], "--from"),
     "missing run to evaluate": (["eval", "retrieval", "--from", "no_such_run"], "no_such_run"),
+    "missing run to ground": (["eval", "grounding", "--zero-shot", "--from", "no_such_run"], "no_such_run"),
     "missing run to probe": (["eval", "objectives", "--from", "no_such_run"], "no_such_run"),
     "missing run to look at": (["codebook-inspect", "no_such_run", "--show-patches"], "no_such_run"),
     "missing run to draw": (["inspect", "reconstructions", "no_such_run"], "no_such_run"),
