@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +13,9 @@ from PIL import Image
 
 from vlscale.data.images import ImageError, load_image
 from vlscale.data.sample import Sample
-from vlscale.errors import UserError
 from vlscale.inspect import pictures
 from vlscale.inspect.boxes import COLOURS, RED, Mark, with_boxes
+from vlscale.inspect.folders import replaced
 from vlscale.inspect.html import document, figure, table
 from vlscale.interop.layout import write_text
 
@@ -72,7 +69,7 @@ def draw_grounding(result: Path, predictions: Path, samples: Sequence[Sample], c
     """
     content = json.loads(result.read_text(encoding="utf-8"))
     folder = result.with_suffix("")
-    with _replaced(folder) as new:
+    with replaced(folder, PAGE) as new:
         parts = _parts(content, _chosen(_captions(predictions), count), samples, new)
         write_text(new / PAGE, document(f"{content['protocol']['recipe']}: phrase grounding", parts))
     return folder / PAGE
@@ -199,28 +196,3 @@ def _told(value: Any) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{key}: {one}" for key, one in value.items())
     return "–" if value is None else str(value)
-
-
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` when all went well.
-
-    Raises:
-        UserError: `folder` holds something else than such a page.
-    """
-    if folder.exists() and not _is_page(folder):
-        raise UserError(f"{folder}: holds something else than a page of pictures; give --out another name")
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{state}") for state in ("new", "old"))
-    new.mkdir()
-    try:
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_page(folder: Path) -> bool:
-    return folder.is_dir() and all(entry.name == PAGE or entry.suffix == ".png" for entry in folder.iterdir())
