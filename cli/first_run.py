@@ -94,7 +94,7 @@ def _evaluate(run: str, clock: Clock) -> dict[str, Path]:
     from vlscale.tasks.retrieval import run_retrieval
 
     parts: dict[str, Callable[[], Path]] = {
-        "retrieval": lambda: run_retrieval(run),
+        "retrieval": lambda: run_retrieval(run).path,
         "objectives": lambda: run_objectives(run),
         "codebook": lambda: inspect_codebook(run, show_patches=True),
         "reconstructions": lambda: inspect_reconstructions(run),

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -97,6 +98,24 @@ def settle(world: int) -> None:
     """Say that a process that nobody launched is the only rank; a batch script's variables may tell otherwise."""
     if world == 1 and not joined():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+
+
+def become_rank(world: int, threads: int | None) -> int | None:
+    """Make this process one of `world` ranks and give its threads; must run before torch is imported.
+
+    Where no launcher started the ranks they are started here, with this process's own arguments, and waited for; then
+    there is nothing left to do, and the result is None.
+    """
+    if world > 1 and not joined():
+        code = start_ranks(sys.argv[1:], world)
+        if code:
+            sys.exit(code)
+        return None
+    own = set_threads(threads, world)
+    settle(world)
+    # DeepSpeed calls what torch has deprecated; whoever trains can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    return own
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ import typer
 
 from vlscale import __version__
 
-from . import ablate, bench, data, errors, first_run, inspect, launch, pretrain
+from . import ablate, bench, compare, data, errors, finetune, first_run, inspect, launch, pretrain
 from . import eval as evaluation
 
 app = typer.Typer(
@@ -24,8 +24,12 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.command("pretrain")(pretrain.pretrain)
+app.command("finetune", short_help="Teach a pre-trained run a task: vqa, nlvr2, snli-ve, retrieval, grounding.")(
+    finetune.finetune
+)
 app.add_typer(evaluation.app, name="eval")
 app.command("ablate", short_help="Rows of overrides × seeds, trained and evaluated, as one table.")(ablate.ablate)
+app.command("compare", short_help="Curves and results of several runs, side by side.")(compare.compare)
 app.command("codebook-inspect", short_help="What each codeword stands for, as a page of pictures.")(
     inspect.codebook_inspect
 )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import launch, terminal
+from . import launch, options, terminal
 
 if TYPE_CHECKING:
     from vlscale.config import Recipe
@@ -20,33 +18,24 @@ DEFAULT_RECIPE = "cb_vila_tiny"
 
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")] = DEFAULT_RECIPE,
-    ds_config: Annotated[
-        str, typer.Option(help="DeepSpeed config: a shipped name, a JSON file, or auto (what this machine can do).")
-    ] = "auto",
+    ds_config: options.DsConfig = "auto",
     data: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE", help="Annotations, shards, tars or a data recipe (.yaml); default: the embedded scenes."
         ),
     ] = None,
-    image_root: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder that image paths are relative to.")
-    ] = None,
+    image_root: options.ImageRoot = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<recipe>.")] = None,
-    nproc: Annotated[int | None, typer.Option(help="Ranks on this machine; default: one per GPU, else one.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads per rank; default: the cores shared out.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as train.lr=1e-4; repeatable."),
-    ] = None,
-    resume: Annotated[
-        str | None, typer.Option(metavar="auto|PATH", help="Go on from the newest complete checkpoint, or from PATH.")
-    ] = None,
+    nproc: options.Nproc = None,
+    threads: options.RankThreads = None,
+    overrides: options.Overrides = None,
+    resume: options.Resume = None,
     stage: Annotated[
         int | None, typer.Option(metavar="N", help="Of a recipe with train.stages this one alone; default: all.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and build nothing big.")] = False,
-    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+    dry_run: options.DryRun = False,
+    local_rank: options.LocalRank = None,
 ) -> None:
     """Pre-train RECIPE through DeepSpeed."""
     from vlscale.config import load_recipe
@@ -54,17 +43,11 @@ def pretrain(
     resolved = load_recipe(recipe, overrides_of(overrides, data, image_root))
     world = launch.world_size(nproc)
     if dry_run:
-        _describe(resolved, ds_config, world, threads)
+        describe(resolved, ds_config, world, threads)
         return
-    if world > 1 and not launch.joined():
-        code = launch.start_ranks(sys.argv[1:], world)
-        if code:
-            sys.exit(code)
+    threads = launch.become_rank(world, threads)
+    if threads is None:
         return
-    threads = launch.set_threads(threads, world)
-    launch.settle(world)
-    # DeepSpeed calls what torch has deprecated; whoever trains can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from vlscale.engine.stages import pretrain as run
 
     folder = out or Path("runs") / resolved.name
@@ -82,11 +65,12 @@ def overrides_of(pairs: list[str] | None, data: str | None, image_root: Path | N
     return result
 
 
-def _describe(recipe: Recipe, ds_config: str, world: int, threads: int | None) -> None:
+def describe(recipe: Recipe, ds_config: str, world: int, threads: int | None) -> None:
+    """Print what training the recipe would be."""
     if launch.rank() > 0:
         return
     launch.set_threads(threads, world)
-    from vlscale.engine.describe import describe
+    from vlscale.engine import describe as facts
 
-    terminal.print_description(describe(recipe, ds_config, world))
+    terminal.print_description(facts.describe(recipe, ds_config, world))
     terminal.print_recipe(recipe)

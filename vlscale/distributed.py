@@ -21,6 +21,8 @@ from torch import Tensor
 from vlscale.errors import UserError
 
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_PIECE = 64 << 20
+"""Bytes that one rank sends at a time where rows are gathered."""
 _TIMEOUT = timedelta(hours=2)
 """Rank 0 may render data or train a tokenizer while the others wait at a barrier."""
 
@@ -114,6 +116,49 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_list(own: list[Any]) -> list[Any]:
+    """Picklable things of every rank behind one another, in rank order; ranks may give different numbers."""
+    if world_size() == 1:
+        return list(own)
+    parts: list[list[Any]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, own)
+    return [one for part in parts for one in part]
+
+
+def share(count: int) -> range:
+    """This rank's part of `count` things: what stands together stays together, and no two parts differ by more than
+    one."""
+    return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
+
+
+def gather_rows(tensor: Tensor | None) -> Tensor:
+    """Concatenate [n, …] of every rank along the first dimension, in rank order; n may differ. No gradient.
+
+    The result lies where the input does. Rows travel as bytes (gloo does not know every type), a piece at a time, so
+    that what a GPU has to hold of a tensor in host memory stays small.
+
+    Args:
+        tensor: None where this rank has no rows and does not know what they look like; some rank does.
+    """
+    if world_size() == 1:
+        assert tensor is not None
+        return tensor.detach()
+    own = None if tensor is None else (tensor.shape, tensor.dtype)
+    known = gather_list([own])
+    shape, dtype = next(one for one in known if one is not None)
+    if tensor is None:
+        tensor = torch.empty(0, *shape[1:], dtype=dtype)
+    counts = [0 if one is None else one[0][0] for one in known]
+    gathered = torch.empty(sum(counts), *shape[1:], dtype=dtype, device=tensor.device)
+    if gathered.numel():
+        rows = _as_bytes(gathered)
+        sent = _as_bytes(tensor.detach().contiguous()) if len(tensor) else rows[:0]
+        step = max(1, _PIECE // rows.shape[1])
+        for start in range(0, max(counts), step):
+            _gather_piece(sent, rows, counts, start, step)
+    return gathered
+
+
 def gather_with_grad(tensor: Tensor) -> Tensor:
     """`gather` whose gradient reaches the tensors of every rank.
 
@@ -198,6 +243,25 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """[n, …] as [n, w] uint8, the same memory; not empty."""
+    return tensor.view(len(tensor), -1).view(torch.uint8)
+
+
+def _gather_piece(sent: Tensor, rows: Tensor, counts: list[int], start: int, step: int) -> None:
+    """Rows `start` to `start + step` of every rank, [n, w] uint8, into their places in `rows`."""
+    piece = torch.zeros(min(step, max(counts) - start), sent.shape[1], dtype=torch.uint8, device=device())
+    mine = sent[start : start + step]
+    piece[: len(mine)] = mine
+    parts = [torch.empty_like(piece) for _ in counts]
+    dist.all_gather(parts, piece)
+    first = 0
+    for part, count in zip(parts, counts, strict=True):
+        there = max(0, min(step, count - start))
+        rows[first + start : first + start + there] = part[:there]
+        first += count
 
 
 def _first_slurm_host(environment: Any) -> str:

@@ -20,7 +20,8 @@ BATCH, CODES, LENGTH, WORDS = 512, 4000, 25, 4000
 def system_of(recipe: Recipe, code: bool) -> Codis:
     torch.manual_seed(0)
     assert recipe.system.name == "codis"
-    return Codis(recipe.system, recipe.data.image_size, Vocabulary(WORDS, 0, 1, 2, 3), code=code).train()
+    left_out = frozenset() if code else frozenset({"code"})
+    return Codis(recipe.system, recipe.data.image_size, Vocabulary(WORDS, 0, 1, 2, 3), left_out).train()
 
 
 def seconds(system: Codis, batch: Batch) -> float:

@@ -59,3 +59,9 @@ def test_the_launchers_variables_stay() -> None:
     before = dict(environment)
     distributed.complete_environment(environment)
     assert environment == before
+
+
+@pytest.mark.parametrize("counts", [[[2], [0]], [[3, 1], [0, 2], [0, 0]], [[1, 0, 4], [0, 0, 1], [2, 2, 2]]])
+def test_ranks_may_gather_different_numbers_of_rows(counts: list[list[int]]) -> None:
+    results = run_ranks("tests.engine.uneven_main", counts, len(counts[0]))  # type: ignore[arg-type]
+    assert [code for code, _ in results] == [0] * len(counts[0]), results

@@ -1,17 +1,22 @@
-"""Weakly supervised phrase grounding against loops over phrases and regions."""
+"""Phrase grounding, weakly supervised and by boxes, against loops over phrases and regions."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from tests.systems.test_albef import Calls
 from vlscale.objectives.grounding import (
     Grounded,
     draw_picks,
     ground,
+    overlap_loss,
+    overlap_recall,
     phrase_masks,
     phrase_region_similarity,
     wpg_loss,
@@ -191,3 +196,35 @@ def test_nothing_asks_the_device_or_leaves_it() -> None:
         fake_states = torch.empty(states.shape, dtype=torch.half, device="cuda")
         fake_phrases = torch.empty(phrases.shape, dtype=torch.bool, device="cuda")
         assert step(fake_states, fake_phrases, torch.empty(regions.shape, device="cuda")).device.type == "cuda"
+
+
+@pytest.mark.parametrize("kind", ["mse", "bce"])
+def test_overlaps_are_learned_from_real_regions_of_phrases_with_boxes(kind: Any) -> None:
+    """Padding has the cosine −inf: it must not make the gradient nan. What is not finite otherwise must show."""
+    cosines = torch.tensor(
+        [[[0.9, -0.2, 0.0], [0.1, 0.4, 0.3]], [[0.5, 0.2, 0.7], [0.0, 0.0, 0.0]]], requires_grad=True
+    )
+    real = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    scores = cosines.masked_fill(~real[:, None], -torch.inf)
+    overlaps, grounded = torch.rand(2, 2, 3), torch.tensor([[True, False], [True, False]])
+    loss = overlap_loss(scores, overlaps, grounded, kind)
+    loss.backward()
+    assert cosines.grad is not None
+    assert ((cosines.grad != 0) == (real[:, None] & grounded[:, :, None])).all()
+    pairs = [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1), (1, 0, 2)]
+    cosine = torch.stack([cosines[pair] for pair in pairs]).detach()
+    wanted = torch.stack([overlaps[pair] for pair in pairs])
+    if kind == "mse":
+        expected = (cosine - wanted).square().mean()
+    else:
+        expected = F.binary_cross_entropy(torch.sigmoid(10 * (cosine - 0.5)), wanted)
+    torch.testing.assert_close(loss.detach(), expected)
+    assert overlap_loss(scores, overlaps, torch.zeros_like(grounded), kind) == 0
+    assert overlap_loss(torch.full_like(scores, torch.nan), overlaps, grounded, kind).isnan()
+
+
+def test_a_phrase_is_found_where_its_best_region_overlaps_it_by_half() -> None:
+    scores = torch.tensor([[[0.9, 0.1], [0.2, 0.3]], [[0.4, -torch.inf], [0.9, 0.1]]])
+    overlaps = torch.tensor([[[0.5, 0.9], [0.6, 0.49]], [[0.2, 0.0], [0.9, 0.9]]])
+    grounded = torch.tensor([[True, True], [True, False]])
+    assert overlap_recall(scores, overlaps, grounded) == pytest.approx(1 / 3)

@@ -36,7 +36,13 @@ class Writer:
         pass
 
 
-def codis(seed: int = 0, code: bool = True, **changes: Any) -> Codis:
+def codis(
+    seed: int = 0,
+    code: bool = True,
+    left_out: frozenset[str] = frozenset(),
+    queue_ids: bool = False,
+    **changes: Any,
+) -> Codis:
     albef = tiny_config()
     config = CodisSystem(
         vision=albef.vision,
@@ -46,7 +52,7 @@ def codis(seed: int = 0, code: bool = True, **changes: Any) -> Codis:
         codebook=PrototypeOptions(size=6),
     ).model_copy(update=changes)
     torch.manual_seed(seed)
-    return Codis(config, IMAGE_SIZE, VOCABULARY, code=code)
+    return Codis(config, IMAGE_SIZE, VOCABULARY, left_out if code else left_out | {"code"}, queue_ids=queue_ids)
 
 
 def total(output: StepOutput) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,14 @@ from vlscale.systems.soho import Soho
 SIDE, LENGTH, TEXTS = 64, 7, 4
 
 
-def soho(seed: int = 0, mvm: Mvm | None = None, neck: Neck | None = None, **dictionary: Any) -> Soho:
+def soho(
+    seed: int = 0,
+    mvm: Mvm | None = None,
+    neck: Neck | None = None,
+    left_out: Iterable[str] = (),
+    quantise: bool = True,
+    **dictionary: Any,
+) -> Soho:
     torch.manual_seed(seed)
     overrides = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "output_stride": 8}
     config = SohoSystem(
@@ -33,7 +41,7 @@ def soho(seed: int = 0, mvm: Mvm | None = None, neck: Neck | None = None, **dict
         text=Joint(width=16, heads=2, intermediate=32, layers=2, max_positions=12, dropout=0.0),
         mlm_probability=0.4,
     )
-    return Soho(config, SIDE, VOCABULARY)
+    return Soho(config, SIDE, VOCABULARY, frozenset(left_out), quantise=quantise)
 
 
 def batch_of(images: int = 3, seed: int = 0, height: int = SIDE, width: int = SIDE) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -23,11 +24,11 @@ from vlscale.data.text import TextTokenizer
 from vlscale.errors import UserError
 from vlscale.systems.protocol import ImageStates, System
 from vlscale.systems.registry import build_system
-from vlscale.tasks import features, stages
+from vlscale.tasks import features, forecast, stages
 from vlscale.tasks.card import split_hash
 from vlscale.tasks.features import ImageStore, Precision, encode_images
 from vlscale.tasks.recall import both_ways, ranks
-from vlscale.tasks.retrieval import RetrievalResult, evaluate_retrieval, retrieval_table, run_retrieval
+from vlscale.tasks.retrieval import RetrievalResult, evaluate_retrieval, retrieval_table
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
 Parts = tuple[Joint, list[Sample], Recipe, TextTokenizer]
@@ -55,7 +56,7 @@ def padded_batches(samples: Sequence[Sample], data: Data, batch_size: int, token
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
     _, samples, recipe, tokenizer = make_parts(tmp_path, "albef")
     monkeypatch.setattr(features, "evaluation_batches", padded_batches)
-    monkeypatch.setattr(features.Precision, "of", lambda device: FP32)
+    monkeypatch.setattr(features.Precision, "of", lambda *_: FP32)
     torch.manual_seed(0)
     return Joint(vocabulary=tokenizer.vocabulary.size).eval(), samples, recipe, tokenizer
 
@@ -133,42 +134,38 @@ def test_the_budget_counts_what_is_kept(parts: Parts, monkeypatch: pytest.Monkey
         assert (store().tokens is not None) == kept
 
 
-def test_an_estimate_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, said, reports = [0.0], list[str](), list[tuple[str, int, int]]()
-    monkeypatch.setattr(stages.time, "monotonic", lambda: clock[0])
-    report = stages.with_estimate(lambda *state: reports.append(state), said.append)
-    for image in range(1, 101):
-        # The first image takes a minute to warm up, the others half a second each.
-        clock[0] = 60 + 0.5 * (image - 1)
-        report("re-ranking", 500 * image, 50_000)
-        assert len(said) == (image >= 5)
-    assert reports[-1] == ("every pair", 50_000, 50_000)
-    # 47,500 pairs are left after the fifth image, at 1,000 a second.
-    [line] = said
-    assert "50,000 pairs at 1,000 pairs/s, about 48 s to go" in line
-    assert "\n" not in line
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(5.4, "5 s"), (720, "12 min"), (11_100, "3 h 05 min")])
+@pytest.mark.parametrize(("seconds", "text"), [(5.4, "5 s"), (0.1, "1 s"), (720, "12 min"), (11_100, "3 h 05 min")])
 def test_durations(seconds: float, text: str) -> None:
-    assert stages._duration(seconds) == text
+    assert forecast.duration(seconds) == text
 
 
-def test_what_is_short_needs_no_estimate(parts: Parts) -> None:
+def test_size_and_time_are_told_before_the_work(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of the clock is a second later: a batch of 4 images takes 1 s to load and 1 s to encode."""
+    clock = itertools.count()
+    monkeypatch.setattr(forecast.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(forecast, "evaluation_batches", padded_batches)
     said: list[str] = []
-    totals: set[tuple[str, int]] = set()
-    evaluate(parts, on_message=said.append, on_progress=lambda stage, _, total: totals.add((stage, total)))
-    assert not said
-    assert ("every pair", 10 * 19) in totals
+    seen: list[tuple[str, int, int]] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        assert not seen, "before anything is done"
+
+    evaluate(parts, on_message=say, on_progress=lambda *one: seen.append(one))
+    # 19 captions in one pass: 10 · 2/4 s + 19 · 1/19 s + 190 · 1/19 s = 16 s
+    assert said == [
+        "retrieval among 10 images and 19 captions: all 190 pairs to score, 0 MB of features; about 16 s on one rank"
+    ]
+    assert ("every pair", 190, 190) in seen
 
 
-def test_systems_with_a_first_stage_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "ESTIMATE_SECONDS", 0.0)
-    said: list[str] = []
-    stages_seen: set[str] = set()
-    run_retrieval(str(make_run(tmp_path)), on_message=said.append, on_progress=lambda stage, *_: stages_seen.add(stage))
-    assert not said
-    assert "re-ranking" in stages_seen
+def test_the_size_of_a_retrieval_with_a_first_stage() -> None:
+    coco = forecast.Size(5000, 25_010, 256, fold=None)
+    assert coco.pairs(every=True) == 5000 * 25_010
+    assert coco.pairs(every=False) == 256 * (5000 + 25_010)
+    folds = forecast.Size(5000, 25_000, 256, fold=1000)
+    assert folds.pairs(every=False) == 2 * 256 * 30_000
+    assert forecast.Size(10, 19, 50, fold=None).pairs(every=False) == 190
 
 
 def test_the_first_images_alone(parts: Parts, tmp_path: Path) -> None:
@@ -231,7 +228,7 @@ def test_soho_on_photographs_of_several_shapes(tmp_path: Path, monkeypatch: pyte
         load_image(sample.image).resize((64 + 32 * (index % 4), 64)).save(str(sample.image))
     torch.manual_seed(0)
     system = build_system(recipe, tokenizer.vocabulary).eval()
-    monkeypatch.setattr(features.Precision, "of", lambda device: FP32)
+    monkeypatch.setattr(features.Precision, "of", lambda *_: FP32)
     found = scored_logits(monkeypatch)
     result = evaluate((cast(Joint, system), samples, recipe, tokenizer))
     assert result.protocol["resolution"] == "shorter side 48, longer at most 96, padded to multiples of 32"

@@ -45,6 +45,7 @@ from vlscale.data.spans import Annotated, SpanEncoder, phrase_words
 from vlscale.data.text import TextTokenizer, build_tokenizer, clean_caption
 from vlscale.errors import UserError
 from vlscale.objectives.grounding import phrase_region_similarity
+from vlscale.systems.protocol import offers
 from vlscale.systems.registry import build_system
 from vlscale.tasks import features
 from vlscale.tasks.grounding import GroundingResult, evaluate_grounding, grounding_table, run_grounding
@@ -64,7 +65,7 @@ def tokenizer(recipe: Recipe) -> TextTokenizer:
 @pytest.fixture(autouse=True)
 def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same arithmetic on every machine."""
-    monkeypatch.setattr(features.Precision, "of", lambda device: features.Precision(device, torch.float32))
+    monkeypatch.setattr(features.Precision, "of", lambda device, _system: features.Precision(device, torch.float32))
 
 
 @pytest.fixture
@@ -226,7 +227,7 @@ def test_own_boxes_are_those_of_phrases_too(recipe: Recipe, tmp_path: Path) -> N
 @pytest.mark.parametrize("options", [{}, {"tags_in_fusion": True}, {"fusion": "merged"}])
 def test_mvptr_compares_phrases_with_regions_wherever_they_stand(options: dict[str, Any]) -> None:
     system = mvptr(**options).eval()
-    assert isinstance(system, ScoresRegions)
+    assert offers(system, ScoresRegions)
     batch = batch_of(3)
     spans = torch.zeros(3, 2, batch.input_ids.shape[1], dtype=torch.bool)
     spans[:, 0, 1:3] = True
@@ -324,14 +325,16 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, monkeypatch: p
     assert main() == 2
     assert [entry.name for entry in notes.parent.iterdir()] == ["notes.txt"]
     notes.unlink()
-    (notes.parent / "old-7.png").touch()
+    for name in ("index.html", "old-7.png"):
+        (notes.parent / name).touch()
     assert main() == 0
     assert not (notes.parent / "old-7.png").exists()
     assert not [entry for entry in (run / "eval").iterdir() if entry.name.startswith(".")]
 
 
 def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    run, other = make_run(tmp_path / "run", write_data(tmp_path / "data")), make_other_run(tmp_path / "other", count=4)
+    data = str(write_data(tmp_path / "data"))
+    run, other = make_run(tmp_path / "run", Path(data)), make_other_run(tmp_path / "other", count=4)
     plain = str(write_data(tmp_path / "plain", phrases=False))
     for arguments, hint in (
         (["--from", str(run)], "--zero-shot is missing"),
@@ -340,7 +343,9 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         (["--from", str(run), "--zero-shot", "--first", "6"], "--first 6"),
         (["--from", str(run), "--zero-shot", "--out", str(tmp_path / "result")], "expected the name of a .json file"),
         (["--from", str(run), "--zero-shot", "--data", plain], "Flickr30k Entities"),
-        (["--from", str(other), "--zero-shot"], "reads no regions"),
+        (["--from", str(other), "--zero-shot"], "none of the 4 images has any"),
+        (["--from", str(other), "--zero-shot", "--data", data, "--concepts"], "reads no phrase concepts"),
+        (["--from", str(run), "--zero-shot", "--grid"], "--grid: small reads regions"),
     ):
         monkeypatch.setattr("sys.argv", ["vlscale", "eval", "grounding", *arguments])
         assert main() == 2

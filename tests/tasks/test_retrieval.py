@@ -36,7 +36,7 @@ def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(autouse=True)
 def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same arithmetic on every machine."""
-    monkeypatch.setattr(features.Precision, "of", lambda device: features.Precision(device, torch.float32))
+    monkeypatch.setattr(features.Precision, "of", lambda device, _system: features.Precision(device, torch.float32))
 
 
 def evaluate(parts: Parts, rerank: int, samples: list[Sample] | None = None) -> dict[str, float]:
@@ -116,7 +116,7 @@ def test_images_without_captions_stand_among_the_candidates(parts: Parts) -> Non
 
 def test_result_file_and_table(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    path = run_retrieval(str(run))
+    path, predictions, samples = run_retrieval(str(run))
     assert path == run / "eval" / "retrieval.json"
     result = json.loads(path.read_text())
     assert result["task"] == "retrieval"
@@ -125,12 +125,14 @@ def test_result_file_and_table(tmp_path: Path) -> None:
     assert card["checkpoint"].endswith("step-00000003")
     assert (card["step"], card["split"], card["images"], card["captions"]) == (3, "test", 10, 19)
     assert (card["rerank"], card["resolution"], card["tuned_on"]) == (4, 32, None)
+    assert predictions == run / "eval" / "retrieval.predictions.jsonl"
+    assert [sample.id for sample in samples] == [f"id-{number}" for number in range(10)]
     assert card["chance"]["t2i_r1"] == pytest.approx(10.0)
     assert {"trained_on", "split_hash", "scores", "ties", "precision", "seed"} <= set(card)
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(retrieval_table(path))
     assert f"{result['metrics']['sum_rsum']:.1f}" in console.export_text()
-    again = run_retrieval(str(run), out=tmp_path / "again.json")
+    again = run_retrieval(str(run), out=tmp_path / "again.json").path
     assert again.read_text() == path.read_text(), "nothing in the file depends on when it was made"
 
 

@@ -80,8 +80,8 @@ def run(system: Planted, image_of_text: Tensor, k: int) -> tuple[tuple[stages.Di
     pairs = stages.score_pairs(system, images, texts, directions, FP32, again, lambda *_: None)
     odds = torch.full(system.odds.shape, math.nan)
     odds[pairs.keys // pairs.captions, pairs.keys % pairs.captions] = pairs.logits[:, 1]
-    for rows, direction in ((lambda c: (c, torch.arange(13)[:, None]), directions[0]),):
-        image, text = rows(direction.candidates)
+    for direction in directions:
+        image, text = torch.broadcast_tensors(*direction.pairs())
         assert torch.equal(pairs.of(image, text)[..., 1], system.odds[image, text])
     return directions, odds
 
@@ -107,14 +107,17 @@ def test_both_stages(levels: int, k: int, monkeypatch: pytest.MonkeyPatch) -> No
         (t2i, system.sims.T, relevant.T, system.odds.T),
     ):
         sums = planted + sims
-        reranked = stages.second_stage(direction, planted.gather(1, direction.candidates))
-        summed = stages.second_stage(direction, sums.gather(1, direction.candidates))
+        candidates = direction.candidates[:, : direction.reranked]
+        reranked = stages.second_stage(direction, planted.gather(1, candidates))
+        summed = stages.second_stage(direction, sums.gather(1, candidates))
         for query in range(len(sims)):
             row, truth = sims[query].tolist(), right[query].tolist()
-            chosen = direction.candidates[query].tolist()
-            assert len(chosen) == min(k, len(row))
-            assert sorted((row[i] for i in chosen), reverse=True) == sorted(row, reverse=True)[: len(chosen)]
-            assert direction.similarity[query].tolist() == [row[i] for i in chosen]
+            named = direction.candidates[query].tolist()
+            assert len(named) == min(max(k, stages.SHOWN), len(row))
+            assert [row[i] for i in named] == sorted(row, reverse=True)[: len(named)]
+            chosen = named[:k]
+            assert len(chosen) == direction.reranked == min(k, len(row))
+            assert direction.similarity[query].tolist() == [row[i] for i in named]
             assert direction.rank[query] == slow_rank(row, truth)
             assert reranked[query] == slow_rerank(row, planted[query].tolist(), truth, chosen)
             assert summed[query] == slow_rerank(row, sums[query].tolist(), truth, chosen)

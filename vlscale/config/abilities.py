@@ -16,6 +16,8 @@ class Abilities(Section):
     """Whether it takes several texts per image, not all of them its own."""
     second_view: ClassVar[bool] = False
     """Whether its teacher can see another crop."""
+    asks_images: ClassVar[bool] = False
+    """Whether its texts ask images through layers of their own, which can be doubled to ask two."""
     concepts: ClassVar[bool] = False
     """Whether it reads phrases, tags and regions in place of pixels."""
     stages: ClassVar[int] = 1

@@ -16,7 +16,7 @@ from pydantic import (
 from vlscale.config.data import Data
 from vlscale.config.section import PositiveShare, Section, Share
 from vlscale.config.systems import LOSSES, SystemConfig
-from vlscale.config.tasks import TaskConfig, loss_names
+from vlscale.config.tasks import GroundingTask, Nlvr2Task, TaskConfig, loss_names
 
 
 class Rate(Section):
@@ -98,6 +98,9 @@ class Evaluation(Section):
     itm_score: Literal["logit", "odds"] = "logit"
     """Re-rank by the logit of class 1, as ALBEF's release, or by the odds of a match: class 1 minus class 0."""
     batch_size: PositiveInt = 64
+    validation: NonNegativeInt | None = 2000
+    """Of a fine-tuning: examples (retrieval, grounding: images) of the validation split, the first ones, by which every
+    epoch is judged; none: all of them, 0: no epoch is judged."""
 
 
 class Recipe(Section):
@@ -127,6 +130,7 @@ class Recipe(Section):
         self._texts_fit()
         self._system_reads_it()
         self._stages_fit()
+        self._task_fits()
         return self
 
     @property
@@ -156,6 +160,24 @@ class Recipe(Section):
         if stages and stages != most:
             what = f"it has {most}" if most > 1 else "it has one: remove it, and set train.epochs"
             raise ValueError(f"train.stages: {stages} stages of {self.system.name}, but {what}")
+
+    def _task_fits(self) -> None:
+        """What the system cannot be tuned for."""
+        task, system = self.task, self.system
+        if isinstance(task, Nlvr2Task):
+            if system.concepts:
+                raise ValueError(
+                    f"task: {task.name} shows two images, and {system.name} reads regions of one: take another system"
+                )
+            if task.mode == "paired" and not system.asks_images:
+                raise ValueError(
+                    f"task.mode: paired doubles layers that let texts ask images, {system.name} has none: use passes"
+                )
+        if isinstance(task, GroundingTask) and not system.concepts:
+            raise ValueError(
+                f"task: {task.name} teaches which region a phrase means, and {system.name} reads no regions: take a "
+                "system that does, such as mvptr"
+            )
 
     def _system_reads_it(self) -> None:
         """Keys that only some systems read are errors elsewhere."""

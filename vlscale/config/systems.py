@@ -109,6 +109,8 @@ class AlignOptions(Section):
 
 
 class _VitSystem(Abilities):
+    asks_images: ClassVar[bool] = True
+
     vision: Vision = Field(default_factory=Vision)
     text: Text = Field(default_factory=Text)
     embed_dim: PositiveInt = 256

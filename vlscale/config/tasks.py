@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vlscale.config.section import PositiveShare, Section, Share
 
@@ -22,15 +22,17 @@ class Distill(Section):
 class _Task(Section):
     """What every task has."""
 
-    head_lr: PositiveFloat = 1.0
-    """Factor of the learning rate for what is new: the task's head."""
     layer_decay: PositiveShare = 1.0
     """Factor of the learning rate per layer downwards; 1 trains all layers alike."""
     best: str
     """Metric of the validation split by which the best epoch is kept."""
 
 
-class _Taught(_Task):
+class _Headed(_Task):
+    """What tasks have that put something new on the system."""
+
+    head_lr: PositiveFloat = 1.0
+    """Factor of the learning rate for what is new: the task's head."""
     distill: Distill | None = None
 
 
@@ -41,7 +43,7 @@ class RetrievalTask(_Task):
     best: str = "rsum"
 
 
-class VqaTask(_Taught):
+class VqaTask(_Headed):
     """Visual question answering: a decoder that ranks answers, or a classifier over them."""
 
     name: Literal["vqa"] = "vqa"
@@ -56,7 +58,7 @@ class VqaTask(_Taught):
     """Of the decoder (`generate`), which starts from the fusion layers where there are as many."""
     candidates: PositiveInt = 128
     """Answers that are scored whole, chosen by their first word (`generate`)."""
-    max_answer: PositiveInt = 10
+    max_answer: Annotated[int, Field(ge=3)] = 10
     """Tokens of an answer, [CLS] and [SEP] among them (`generate`)."""
     head: Literal["mlp", "words"] = "mlp"
     """Classifier (`classify`): two layers, or MVPTR's one, whose rows start from the answers' words."""
@@ -64,8 +66,14 @@ class VqaTask(_Taught):
     """Of the two-layer classifier."""
     best: str = "accuracy"
 
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.mode == "classify" and self.distill is not None:
+            raise ValueError("distill: soft scores have no teacher: remove it, or use `mode: generate`")
+        return self
 
-class EntailmentTask(_Taught):
+
+class EntailmentTask(_Headed):
     """SNLI-VE: does the image entail, contradict or leave open what a sentence says?"""
 
     name: Literal["snli-ve"] = "snli-ve"
@@ -75,7 +83,7 @@ class EntailmentTask(_Taught):
     best: str = "accuracy"
 
 
-class Nlvr2Task(_Taught):
+class Nlvr2Task(_Headed):
     """NLVR2: is a sentence true of a pair of images?"""
 
     name: Literal["nlvr2"] = "nlvr2"
@@ -85,8 +93,14 @@ class Nlvr2Task(_Taught):
     hidden: PositiveFloat = 1.0
     dropout: Share = 0.0
     assignment_steps: NonNegativeInt = 0
-    """Steps of text-assignment pre-training before the task (`paired`)."""
+    """Steps of text-assignment pre-training before the task (`paired`), of those that `train` counts."""
     best: str = "accuracy"
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.assignment_steps and self.mode != "paired":
+            raise ValueError("assignment_steps: only layers that read two images learn it: use `mode: paired`, or 0")
+        return self
 
 
 class GroundingTask(_Task):

@@ -55,6 +55,8 @@ def merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
 def _starting_point(base: Recipe, task: str) -> dict[str, Any]:
     tree = base.model_dump(mode="json", exclude={"train", "weights", "checkpoint"})
     tree["data"] |= {"texts": {}, "second_view": False}
+    for book in {"codebook", "dictionary"} & tree["system"].keys():
+        tree["system"][book]["init"] = "random"  # its codes start from the run's: no k-means throws them away
     return {**tree, "name": f"{base.name}-{task}", "task": {"name": task}, "train": {}, "weights": {}, "checkpoint": {}}
 
 

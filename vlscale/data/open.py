@@ -118,13 +118,19 @@ def evaluation_split(samples: Sequence[Sample], split: str | None) -> tuple[str,
         UserError: no such split, or it has no caption.
     """
     corpus = as_corpus(samples)
+    split, names = split_to_read(corpus, split)
+    return split, list(_captioned(corpus, names, split).readable())
+
+
+def split_to_read(corpus: Corpus, split: str | None) -> tuple[str, tuple[str, ...]]:
+    """The split that evaluation means, and the names that it may have; whether it is there tells reading it."""
     there = corpus.splits()
     if split is None:
         split = next((name for name in ("test", *VALIDATION_SPLITS) if name in there), "test")
     names = VALIDATION_SPLITS if split in VALIDATION_SPLITS else (split,)
     if split not in there:
         split = next((name for name in names if name in there), split)
-    return split, list(_captioned(corpus, names, split).readable())
+    return split, names
 
 
 def _open(source: Source, excluded: frozenset[str], skip_broken: bool) -> Corpus:

@@ -18,6 +18,7 @@ from torch import nn
 
 from vlscale import distributed
 from vlscale.config import Train
+from vlscale.config.tasks import TaskConfig
 from vlscale.engine.mixed import MixedOptimizer
 from vlscale.engine.optim import build_optimizer
 from vlscale.engine.schedule import BatchPlan
@@ -117,7 +118,9 @@ def complete(choice: Choice, plan: BatchPlan, train: Train) -> dict[str, Any]:
     return _without_auto(config)
 
 
-def build_engine(system: nn.Module, config: dict[str, Any], choice: Choice, train: Train) -> Any:
+def build_engine(
+    system: nn.Module, config: dict[str, Any], choice: Choice, train: Train, task: TaskConfig | None = None
+) -> Any:
     """The DeepSpeed engine around a system that is on its device already; collective over all ranks."""
     deepspeed = import_deepspeed()
     if choice.precision in ("fp16", "bf16"):
@@ -126,7 +129,7 @@ def build_engine(system: nn.Module, config: dict[str, Any], choice: Choice, trai
         dtype = torch.float16 if choice.precision == "fp16" else torch.bfloat16
         system.forward = torch.autocast(device, dtype)(system.forward)
     with _scalars_broadcast(system):
-        engine, *_ = deepspeed.initialize(model=system, optimizer=build_optimizer(system, train), config=config)
+        engine, *_ = deepspeed.initialize(model=system, optimizer=build_optimizer(system, train, task), config=config)
     _link_moments_of_every_group(engine.optimizer)
     return engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ from torch import nn
 
 from vlscale.config import Concepts, Recipe, Train
 from vlscale.config.data import AUTO
+from vlscale.config.tasks import TaskConfig, VqaTask
+from vlscale.data.answers import load_answers
 from vlscale.data.concepts import load_phrases
-from vlscale.data.open import is_here, read_data, training_split
+from vlscale.data.open import is_here
 from vlscale.data.sample import Vocabulary
 from vlscale.engine import build
 from vlscale.engine.schedule import batch_plan, total_steps
+from vlscale.engine.start import training_examples
 from vlscale.interop.run import without_downloads
 from vlscale.systems.registry import build_system
 
@@ -58,7 +62,8 @@ def _on_meta(recipe: Recipe) -> nn.Module:
     """The system without storage; a vocabulary still to be trained counts with its upper limit."""
     size = recipe.data.tokenizer.vocab_size
     vocabulary = Vocabulary(size, *range(_SPECIAL_TOKENS - 1))
-    vocabulary = replace(vocabulary, phrase_pieces=((0,),) * _count_phrases(recipe.data.concepts))
+    phrases, answers = _count_phrases(recipe.data.concepts), _count_answers(recipe.task)
+    vocabulary = replace(vocabulary, phrase_pieces=((0,),) * phrases, answer_pieces=((0,),) * answers)
     with torch.device("meta"):
         return build_system(without_downloads(recipe), vocabulary)
 
@@ -68,6 +73,13 @@ def _count_phrases(concepts: Concepts | None) -> int:
     if concepts is None or concepts.phrases == AUTO:
         return 0
     return len(load_phrases(concepts) or ())
+
+
+def _count_answers(task: TaskConfig | None) -> int:
+    """Of a vocabulary that is there already, or whose size is asked for; one still to be made counts one answer."""
+    if not isinstance(task, VqaTask):
+        return 0
+    return task.size or 1 if task.answers is None else len(load_answers(Path(task.answers).expanduser()))
 
 
 def _parameters(module: nn.Module) -> int:
@@ -86,7 +98,9 @@ def _steps(recipe: Recipe) -> dict[str, Any]:
     ]
     one = len(stages) == 1
     return {
-        "training images": samples if known else "unknown: the data is not there yet",
+        "training images" if recipe.task is None else "training examples": (
+            samples if known else "unknown: the data is not there yet"
+        ),
         "steps per epoch": per_epoch,
         "epochs": epochs[0] if one else epochs,
         "total": totals[0] if one else totals,
@@ -100,10 +114,11 @@ def _total(train: Train, per_epoch: float | None) -> int | str:
 
 
 def _count_samples(recipe: Recipe) -> int | None:
-    """Training images per epoch; nothing is rendered to count them."""
+    """Training images (of a task: examples) per epoch; nothing is rendered to count them."""
     if recipe.data.path is None:
-        return recipe.data.scenes.train
-    return training_split(read_data(recipe.data)).per_epoch() if is_here(recipe.data.path) else None
+        asks_images = recipe.task is None or recipe.task.name == "retrieval"
+        return recipe.data.scenes.train if asks_images else None
+    return training_examples(recipe).per_epoch() if is_here(recipe.data.path) else None
 
 
 def _memory(system: nn.Module, choice: build.Choice, world: int) -> dict[str, str]:

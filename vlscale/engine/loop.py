@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from vlscale.engine.tally import Tally
 from vlscale.engine.writer import EngineWriter
 from vlscale.errors import UserError
 from vlscale.interop import layout
+from vlscale.interop.origin import note_origin
 from vlscale.interop.start import start_from
 from vlscale.systems.protocol import Progress
 from vlscale.systems.registry import build_system
@@ -139,10 +141,11 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
     system = build_system(recipe, vocabulary_of(tokenizer, section, answers))
     if origin.weights is not None:
         start_from(system, origin.weights / layout.MODEL)
+        distributed.on_main(partial(note_origin, out, origin.weights))
         say(f"weights of {origin.weights}")
     system.to(device).train()
     system.place(device)  # type: ignore[operator]
-    engine = build.build_engine(system, config, choice, recipe.train)
+    engine = build.build_engine(system, config, choice, recipe.train, recipe.task)
     if origin.checkpoint is not None:
         checkpoint.load(engine, system, origin.checkpoint)
     stream = Stream(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vlscale import distributed
@@ -51,16 +50,8 @@ class Tally:
 
     def gather_skipped(self) -> list[str]:
         """Skipped images of every rank. Collective."""
-        return _gather_lists(self._skipped)
+        return distributed.gather_list(self._skipped)
 
     def gather_samples(self) -> list[str]:
         """Sample ids of the step on every rank. Collective."""
-        return _gather_lists(self._samples)
-
-
-def _gather_lists(own: list[str]) -> list[str]:
-    if distributed.world_size() == 1:
-        return list(own)
-    parts: list[list[str]] = [[] for _ in range(distributed.world_size())]
-    dist.all_gather_object(parts, own)
-    return [entry for part in parts for entry in part]
+        return distributed.gather_list(self._samples)

@@ -105,7 +105,7 @@ def _numbers(content: dict[str, Any]) -> list[str]:
     )
     return [
         f"<h1>{escape(card['recipe'])}: phrase grounding</h1>",
-        f'<p class="faint">Zero-shot, step {card["step"]}; {card["captions"]:,} captions of {card["images"]:,} images, '
+        f'<p class="faint">Step {card["step"]}; {card["captions"]:,} captions of {card["images"]:,} images, '
         f"split {escape(card['split'])}. Regions: {escape(card['regions'])}.</p>",
         table(header, rows, [False, *[True] * (len(names) + 1)]),
         *(["<h3>By kind of phrase</h3>", by_kind] if kinds else []),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from vlscale.inspect.usage import normalized_batches, some_samples
 from vlscale.interop.layout import write_json
 from vlscale.interop.run import Run, load_run, run_samples
 from vlscale.objectives.patches import draw_patch_mask
-from vlscale.systems.protocol import Reconstruction
+from vlscale.systems.protocol import Reconstruction, offers
 
 PICTURE = "reconstructions.png"
 SEED = 0
@@ -27,7 +27,6 @@ SIDE = 168
 PANELS = ("original", "masked", "predicted")
 
 
-@runtime_checkable
 class Reconstructs(Protocol):
     """A system with a pixel objective."""
 
@@ -61,7 +60,7 @@ def inspect_reconstructions(
         UserError: the system predicts no pixels, or nothing in the split can be drawn.
     """
     run = load_run(source)
-    if not isinstance(run.system, Reconstructs):
+    if not offers(run.system, Reconstructs):
         raise UserError(f"{source}: its system predicts no pixels, so there is nothing to reconstruct")
     split_name, samples = run_samples(run, data, split, image_root)
     captioned = [sample for sample in samples if sample.captions]

@@ -4,6 +4,7 @@ RUN/recipe.yaml  ds_config.json  tokenizer/  phrases.jsonl  answers.json  metric
 RUN/checkpoints/step-00001200/   DeepSpeed's shards, model.safetensors, carried.safetensors, state.json, COMPLETE
 RUN/checkpoints/latest           name of the newest complete one
 RUN/best.json                    of a fine-tuning: validation metrics by epoch, and the best one
+RUN/origin.json                  of a run that began with another one's weights: which, and what that one had learned
 RUN/stage-1/                     of a run in stages: a run folder of the stage before
 """
 
@@ -15,11 +16,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vlscale.errors import UserError
+
 RECIPE = "recipe.yaml"
 DS_CONFIG = "ds_config.json"
 TOKENIZER = "tokenizer"
 ANSWERS = "answers.json"
 BEST = "best.json"
+ORIGIN = "origin.json"
 PHRASES = ("phrases.jsonl", "phrases.json")
 """The vocabulary of phrases, where there is one: ours or MVPTR's."""
 METRICS_JSONL = "metrics.jsonl"
@@ -82,6 +86,26 @@ def best_checkpoint(run: Path) -> Path | None:
     step = json.loads(path.read_text(encoding="utf-8"))["best"]["step"]
     checkpoint = run / CHECKPOINTS / checkpoint_name(max(0, step))
     return checkpoint if is_complete(checkpoint) else None
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """Run folder and checkpoint folder that a user's path means.
+
+    Raises:
+        UserError: there is no run, or it has no complete checkpoint.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; expected a run folder (runs/NAME) or one of its checkpoints")
+    if step_of(path) is not None:
+        if not is_complete(path):
+            raise UserError(f"{path}: this checkpoint was not saved to the end; name the run folder for the newest one")
+        return path.resolve().parent.parent, path
+    if not (path / RECIPE).is_file():
+        raise UserError(f"{path}: no {RECIPE} in it; expected a run folder (runs/NAME) or one of its checkpoints")
+    checkpoints = complete_checkpoints(path)
+    if not checkpoints:
+        raise UserError(f"{path}: the run has no complete checkpoint yet")
+    return path, best_checkpoint(path) or checkpoints[-1]
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlscale import distributed
-from vlscale.config import Recipe, load_recipe
+from vlscale.config import Data, Recipe, load_recipe
 from vlscale.data.captions import vocabulary_of
 from vlscale.data.open import evaluation_split, read_data
 from vlscale.data.sample import Sample
@@ -40,8 +40,8 @@ def load_run(path: str | Path, device: str | None = None) -> Run:
     Raises:
         UserError: no run there, no complete checkpoint, or weights that don't fit the recipe.
     """
-    folder, checkpoint = find_checkpoint(Path(path))
-    recipe = _with_own_phrases(without_downloads(load_recipe(str(folder / layout.RECIPE))), folder)
+    folder, checkpoint = layout.find_checkpoint(Path(path))
+    recipe = with_own_phrases(without_downloads(load_recipe(str(folder / layout.RECIPE))), folder)
     tokenizer = TextTokenizer.load(folder / layout.TOKENIZER)
     place = torch.device(device) if device else distributed.device()
     answers = layout.answers_of(folder)
@@ -53,28 +53,6 @@ def load_run(path: str | Path, device: str | None = None) -> Run:
     return Run(folder, checkpoint, layout.step_of(checkpoint) or 0, recipe, tokenizer, system, place)
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """Run folder and checkpoint folder that a user's path means.
-
-    Raises:
-        UserError: there is no run, or it has no complete checkpoint.
-    """
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; expected a run folder (runs/NAME) or one of its checkpoints")
-    if layout.step_of(path) is not None:
-        if not layout.is_complete(path):
-            raise UserError(f"{path}: this checkpoint was not saved to the end; name the run folder for the newest one")
-        return path.resolve().parent.parent, path
-    if not (path / layout.RECIPE).is_file():
-        raise UserError(
-            f"{path}: no {layout.RECIPE} in it; expected a run folder (runs/NAME) or one of its checkpoints"
-        )
-    checkpoints = layout.complete_checkpoints(path)
-    if not checkpoints:
-        raise UserError(f"{path}: the run has no complete checkpoint yet")
-    return path, layout.best_checkpoint(path) or checkpoints[-1]
-
-
 def run_samples(
     run: Run, data: str | None, split: str | None, image_root: str | None = None
 ) -> tuple[str, list[Sample]]:
@@ -83,15 +61,17 @@ def run_samples(
     Raises:
         UserError: the data or the split is not there.
     """
-    section = run.recipe.data
+    return evaluation_split(read_data(data_to_read(run.recipe.data, data, image_root)), split)
+
+
+def data_to_read(own: Data, data: str | None, image_root: str | None) -> Data:
+    """The run's own data, or what the user names in its place."""
     if data is not None:
-        section = section.model_copy(update={"path": data, "image_root": image_root})
-    elif image_root is not None:
-        section = section.model_copy(update={"image_root": image_root})
-    return evaluation_split(read_data(section), split)
+        return own.model_copy(update={"path": data, "image_root": image_root})
+    return own if image_root is None else own.model_copy(update={"image_root": image_root})
 
 
-def _with_own_phrases(recipe: Recipe, folder: Path) -> Recipe:
+def with_own_phrases(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with the run's own vocabulary of phrases: the one it was made from may have changed since."""
     concepts = recipe.data.concepts
     if concepts is None or concepts.phrases is None:

@@ -133,7 +133,14 @@ def cross_alignment(
     return CrossAlignment(i2t, t2i, sim_i2t, sim_t2i, hard, targets_i2t, targets_t2i)
 
 
-def intra_alignment(feat: Tensor, taught: Tensor, queue: Tensor, temperature: Tensor, image_ids: Tensor) -> Tensor:
+def intra_alignment(
+    feat: Tensor,
+    taught: Tensor,
+    queue: Tensor,
+    temperature: Tensor,
+    image_ids: Tensor,
+    queue_ids: Tensor | None = None,
+) -> Tensor:
     """CODIS, slides, part 2: i2i or t2t, a student's features against its own modality's teacher; one-hot targets.
 
     The slide's t2t denominator repeats the images' queue; it runs over the texts' here.
@@ -143,8 +150,10 @@ def intra_alignment(feat: Tensor, taught: Tensor, queue: Tensor, temperature: Te
         queue: [d, Q].
         temperature: scalar divisor, already clamped.
         image_ids: [B]; equal ones share their row.
+        queue_ids: as in `cross_alignment`.
     """
-    return soft_cross_entropy(queue_similarities(feat, taught, queue, temperature), queue_targets(image_ids, queue))
+    targets = queue_targets(image_ids, queue, queue_ids)
+    return soft_cross_entropy(queue_similarities(feat, taught, queue, temperature), targets)
 
 
 def queue_targets(image_ids: Tensor, queue: Tensor, queue_ids: Tensor | None = None) -> Tensor:

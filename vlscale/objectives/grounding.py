@@ -1,4 +1,5 @@
-"""Weakly supervised phrase grounding, WPG (MVPTR, section 3.3.2), and the cosines that evaluation reads too."""
+"""Phrase grounding of MVPTR: weakly supervised (WPG, section 3.3.2) and by boxes (section 4.2.3), and the cosines that
+both learn and evaluation reads."""
 
 from __future__ import annotations
 
@@ -14,6 +15,11 @@ NEAREST = 3
 """Regions that the release picks from."""
 
 Pool = Literal["max", "top3"]
+
+SHARPNESS = 10.0
+"""Of the map from cosines to probabilities with `bce`: σ(10 · (cos − ½)) makes 0.007, ½ and 0.993 of 0, ½ and 1."""
+FOUND = 0.5
+"""IoU from which a region counts as the phrase's."""
 
 
 class Grounded(NamedTuple):
@@ -106,3 +112,31 @@ def wpg_loss(positive: Grounded, negative: Grounded, margin: float = 0.2, valid:
         counted = counted & valid
     hinge = (margin + negative.similarity - positive.similarity).clamp(min=0)
     return torch.where(counted, hinge, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def overlap_loss(scores: Tensor, overlaps: Tensor, grounded: Tensor, kind: Literal["mse", "bce"] = "mse") -> Tensor:
+    """Cosines of phrases and regions against their IoU as soft labels; mean over the pairs that count, 0 if none does.
+
+    `mse` is the mean of (cos − IoU)², the release's first form and the paper's better one (appendix A.3.4). `bce` reads
+    the IoU as a probability; a cosine, which may be negative, becomes one by a fixed map that keeps the order, so that
+    what is learned is still ranked by cosines: see `SHARPNESS`.
+
+    Args:
+        scores: [B, S, R] of `phrase_region_similarity`, −inf where a region is padding.
+        overlaps: [B, S, R] in [0, 1].
+        grounded: [B, S] bool, false where there is no phrase, or it has no box.
+    """
+    counted = grounded[:, :, None] & (scores != -torch.inf)  # what is not finite otherwise must reach the loss
+    cosines = torch.where(counted, scores.float(), 0.0)
+    if kind == "mse":
+        each = (cosines - overlaps).square()
+    else:
+        each = F.binary_cross_entropy_with_logits(SHARPNESS * (cosines - 0.5), overlaps, reduction="none")
+    return torch.where(counted, each, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def overlap_recall(scores: Tensor, overlaps: Tensor, grounded: Tensor) -> Tensor:
+    """Share of the phrases with a box whose best region overlaps it by half; arguments as in `overlap_loss`."""
+    best = scores.detach().argmax(2, keepdim=True)
+    found = (overlaps.gather(2, best)[:, :, 0] >= FOUND) & grounded
+    return found.sum() / grounded.sum().clamp(min=1)

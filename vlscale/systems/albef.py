@@ -3,10 +3,13 @@
 Losses: ITC against the teacher's features and queues, ITM with hard negatives, MLM with distillation. The result is
 the public release's; the work is less: keys and values of an image are computed once for every pass that reads it,
 clean and masked texts share one pass of the text encoder, the vocabulary projection sees the masked positions only,
-and the last layer of ITM the CLS row only.
+and the last layer of ITM the CLS row only. Fine-tuning for retrieval leaves MLM out and knows which image each column
+of the queues is of.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from vlscale.nn.writer import ParameterWriter
 from vlscale.objectives import contrastive, masking, matching
 from vlscale.systems.encoding import TEMPERATURE_RANGE, PairEncoding
 from vlscale.systems.momentum import (
+    MaskedTexts,
     Momentum,
     Taught,
     choose_negatives,
@@ -30,13 +34,30 @@ from vlscale.systems.momentum import (
 )
 from vlscale.systems.protocol import Choices, Codebook, Progress, StepOutput
 
+Scalars = dict[str, Tensor]
+
 
 class Albef(PairEncoding, nn.Module):
     """The student's modules are registered; teacher and queues are carried beside (see `carried_state`)."""
 
-    def __init__(self, config: AlbefSystem, image_size: int, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        config: AlbefSystem,
+        image_size: int,
+        vocabulary: Vocabulary,
+        left_out: frozenset[str] = frozenset(),
+        *,
+        queue_ids: bool = False,
+        taught: bool = True,
+    ) -> None:
+        """
+        Args:
+            left_out: losses that are not computed; ITC is in any case, since negatives are drawn by its similarities.
+            queue_ids: the queues know their columns' images, so that those of the same image are right answers too.
+            taught: false for a task, which has a teacher of its own or none: there is no teacher and no queue.
+        """
         super().__init__()
-        self.config, self.vocabulary = config, vocabulary
+        self.config, self.vocabulary, self.left_out = config, vocabulary, left_out
         checkpointing = config.checkpoint_activations
         self.vision = VisionEncoder(config.vision, image_size, checkpointing)
         self.text_encoder = TextEncoder(config.text, vocabulary, checkpointing)
@@ -48,7 +69,7 @@ class Albef(PairEncoding, nn.Module):
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
         if config.text.init != "random":
             load_bert(config.text.init, self.text_encoder, self.fusion_encoder, self.mlm_head)
-        self.momentum = Momentum(self, config.teacher, config.embed_dim)
+        self.momentum = Momentum(self if taught else None, config.teacher, config.embed_dim, queue_ids)
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -56,39 +77,33 @@ class Albef(PairEncoding, nn.Module):
         """Losses `itc`, `itm`, `mlm` of one micro-batch; keeps the teacher's features for `after_step`."""
         choices = choices or Choices()
         alpha = self.momentum.alpha(progress)
-        masked = mask_texts(batch, self.vocabulary, self.config.mlm_probability, progress, choices)
+        # Drawn in any case: the draws that follow don't depend on what is left out.
+        drawn = mask_texts(batch, self.vocabulary, self.config.mlm_probability, progress, choices)
+        masked = None if "mlm" in self.left_out else drawn
 
         images = self.vision(batch.images)  # [B, 1 + N, D_v]
         texts, masked_texts = encode_clean_and_masked(self.text_encoder, batch, masked)  # [B, L, D] each
         image_feat, text_feat = self.image_feature(images), self.text_feature(texts)  # [B, d]
         taught = self.momentum.teach(batch, masked, alpha, self.vision_proj.weight.dtype)
         contrast = self.contrast(image_feat, text_feat, taught, batch.image_ids, alpha)
-
-        context = self.fusion_encoder.project_context(images)
-        size = len(batch)
-        negatives = choose_negatives(contrast.sim_t2i[:, :size], contrast.sim_i2t[:, :size], batch, progress, choices)
-        valid = matching.valid_rows(negatives)  # [3B]
-        itm_logits = self._match(texts, batch.attention_mask, context, negatives)  # [3B, 2]
-
-        fused = self.fusion_encoder(masked_texts, batch.attention_mask, context)  # [B, L, D]
-        rows = masking.gather_masked(fused, masked.labels, masked.capacity)
-        mlm_logits = self.mlm_head(rows.states, word_table(self.text_encoder))  # [C, V]
-
-        if self.training:
-            self.momentum.keep(taught, progress)
-        losses = {
-            "itc": (contrast.i2t + contrast.t2i) / 2,
-            "itm": matching.itm_loss(itm_logits, valid),
-            "mlm": masking.mlm_loss(mlm_logits, rows.labels, taught.mlm_logits, alpha),
-        }
-        metrics = {
+        losses: Scalars = {"itc": (contrast.i2t + contrast.t2i) / 2}
+        metrics: Scalars = {
             "itc_accuracy": contrast.accuracy(),
-            "itm_accuracy": matching.itm_accuracy(itm_logits, valid),
-            "mlm_accuracy": masking.masked_accuracy(mlm_logits, rows.labels),
             "temperature": self.divisor().detach(),
-            "itm_skipped": (~valid).sum().float(),
             "nonfinite_similarities": contrastive.count_nonfinite(contrast.sim_i2t, contrast.sim_t2i),
         }
+
+        context = self.fusion_encoder.project_context(images)  # once, for both that read it
+        if "itm" not in self.left_out:
+            size = len(batch)
+            sims = contrast.sim_t2i[:, :size], contrast.sim_i2t[:, :size]
+            negatives = choose_negatives(*sims, batch, progress, choices)
+            self._learn_matching(texts, batch.attention_mask, context, negatives, losses, metrics)
+        if masked is not None and masked_texts is not None:
+            fused = self.fusion_encoder(masked_texts, batch.attention_mask, context)  # [B, L, D]
+            self._predict_words(fused, masked, taught, alpha, losses, metrics)
+        if self.training:
+            self.momentum.keep(taught, batch.image_ids, progress)
         return StepOutput(losses, metrics)
 
     def after_step(self, progress: Progress, writer: ParameterWriter) -> None:
@@ -102,7 +117,15 @@ class Albef(PairEncoding, nn.Module):
         """ITC of ALBEF, eq. 1 and 6: student's features [B, d] against the teacher's of this batch and the queues."""
         queues = self.momentum.image_queue.features, self.momentum.text_queue.features  # [d, Q]
         return contrastive.cross_alignment(
-            image_feat, text_feat, taught.image_feat, taught.text_feat, *queues, self.divisor(), image_ids, alpha
+            image_feat,
+            text_feat,
+            taught.image_feat,
+            taught.text_feat,
+            *queues,
+            self.divisor(),
+            image_ids,
+            alpha,
+            self.momentum.queue_ids,
         )
 
     # --- carried state ----------------------------------------------------------------------------------------------
@@ -119,6 +142,10 @@ class Albef(PairEncoding, nn.Module):
             ValueError, RuntimeError: a shape differs.
         """
         self.momentum.load_state(state)
+
+    def start_carried(self, state: Mapping[str, Tensor]) -> None:
+        """Begin a fine-tuning with another run's teacher and queues, see `Momentum.start`."""
+        self.momentum.start(state)
 
     def place(self, device: torch.device) -> None:
         """Move teacher and queues to `device`."""
@@ -141,3 +168,25 @@ class Albef(PairEncoding, nn.Module):
     def _match(self, texts: Tensor, mask: Tensor, context: list[KeyValue], negatives: matching.Negatives) -> Tensor:
         """ITM logits [3B, 2], see `match_states`."""
         return self.match_logits(match_states(self.fusion_encoder, texts, mask, context, negatives))
+
+    def _learn_matching(
+        self,
+        texts: Tensor,
+        mask: Tensor,
+        context: list[KeyValue],
+        negatives: matching.Negatives,
+        losses: Scalars,
+        metrics: Scalars,
+    ) -> None:
+        logits, valid = self._match(texts, mask, context, negatives), matching.valid_rows(negatives)  # [3B, 2], [3B]
+        losses["itm"] = matching.itm_loss(logits, valid)
+        metrics |= {"itm_accuracy": matching.itm_accuracy(logits, valid), "itm_skipped": (~valid).sum().float()}
+
+    def _predict_words(
+        self, fused: Tensor, masked: MaskedTexts, taught: Taught, alpha: float, losses: Scalars, metrics: Scalars
+    ) -> None:
+        """MLM with distillation."""
+        rows = masking.gather_masked(fused, masked.labels, masked.capacity)
+        logits = self.mlm_head(rows.states, word_table(self.text_encoder))  # [C, V]
+        losses["mlm"] = masking.mlm_loss(logits, rows.labels, taught.mlm_logits, alpha)
+        metrics["mlm_accuracy"] = masking.masked_accuracy(logits, rows.labels)

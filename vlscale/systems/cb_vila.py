@@ -64,10 +64,24 @@ class _Cells(NamedTuple):
 class CbVila(PairEncoding, nn.Module):
     """Encoders, codebook and heads; see the module's docstring."""
 
-    def __init__(self, config: CbVilaSystem, image_size: int, vocabulary: Vocabulary, *, contrast: bool = True) -> None:
-        """`contrast` tells whether the recipe trains ITC: without it negatives are drawn uniformly."""
+    def __init__(
+        self,
+        config: CbVilaSystem,
+        image_size: int,
+        vocabulary: Vocabulary,
+        left_out: frozenset[str] = frozenset(),
+        *,
+        contrast: bool = True,
+    ) -> None:
+        """
+        Args:
+            left_out: losses that are not computed; ITC is in any case. Without `mim`, `pixel` and `codebook` nothing is
+                quantised, and the codes stay as they are.
+            contrast: whether the recipe trains ITC: without it negatives are drawn uniformly.
+        """
         super().__init__()
-        self.config, self.vocabulary, self.trains_contrast = config, vocabulary, contrast
+        self.config, self.vocabulary, self.left_out, self.trains_contrast = config, vocabulary, left_out, contrast
+        self.quantises = not left_out.issuperset({"mim", "pixel", "codebook"})
         recompute = config.checkpoint_activations
         self.vision = VisionEncoder(config.vision, image_size, recompute)
         width = config.text.width
@@ -109,11 +123,12 @@ class CbVila(PairEncoding, nn.Module):
         self._match(batch, pairs, sims, progress, choices, losses, metrics)
         if pairs.masked is not None:
             self._predict_words(pairs, choices, losses, metrics)
-        cells = self._quantise(tokens, progress, choices, losses, metrics)
-        self._predict_cells(batch, tokens, cells, pairs, warm, progress, choices, losses, metrics)
-        if self.training:
-            self.codebook.observe(cells.features.flatten(0, 1), cells.indices.flatten())
-        metrics |= self.codebook.tracker.metrics(progress.step)
+        if self.quantises:
+            cells = self._quantise(tokens, progress, choices, losses)
+            self._predict_cells(batch, tokens, cells, pairs, warm, progress, choices, losses, metrics)
+            if self.training:
+                self.codebook.observe(cells.features.flatten(0, 1), cells.indices.flatten())
+            metrics |= self.codebook.tracker.metrics(progress.step)
         return StepOutput(losses, metrics)
 
     def after_step(self, progress: Progress, writer: ParameterWriter) -> None:
@@ -125,11 +140,12 @@ class CbVila(PairEncoding, nn.Module):
         """Clean and masked texts in one pass; the image's keys and values once for all that read them."""
         context = self.fusion_encoder.project_context(tokens)
         ids, mask = batch.input_ids, batch.attention_mask
-        if warm:
-            return _Pairs(context, self.text_encoder(ids, mask), None, None, mask)
         masked_ids, labels = choices.masked_input_ids, choices.mlm_labels
-        if masked_ids is None or labels is None:
+        if not warm and (masked_ids is None or labels is None):
+            # Drawn without MLM too: the draws that follow don't depend on what is left out.
             masked_ids, labels = mask_tokens(ids, self.vocabulary, self.config.mlm_probability, progress.generator)
+        if warm or "mlm" in self.left_out or masked_ids is None:
+            return _Pairs(context, self.text_encoder(ids, mask), None, None, mask)
         clean, masked = self.text_encoder(torch.cat([ids, masked_ids]), torch.cat([mask, mask])).chunk(2)
         return _Pairs(context, clean, masked, labels, mask)
 
@@ -157,6 +173,8 @@ class CbVila(PairEncoding, nn.Module):
         if not self.trains_contrast:
             t2i, i2t = torch.zeros_like(t2i), torch.zeros_like(i2t)
         drawn = draw_negatives(t2i, i2t, batch.image_ids, progress.generator)
+        if "itm" in self.left_out:
+            return
         images = drawn.images if choices.negative_images is None else choices.negative_images
         texts = drawn.texts if choices.negative_texts is None else choices.negative_texts
         queries = torch.cat([pairs.clean, pairs.clean, pairs.clean[texts]])  # [3B, L, D]
@@ -191,16 +209,16 @@ class CbVila(PairEncoding, nn.Module):
         progress: Progress,
         choices: Choices,
         losses: dict[str, Tensor],
-        metrics: dict[str, Tensor],
     ) -> _Cells:
         """Nearest codes (eq. 1), the vector-quantisation terms (eq. 3) and the mask."""
         features = tokens[:, 1:].float()  # [B, N, D]
         indices = self.codebook.assign(features)
         nearest = self.codebook.lookup(indices)
         options = self.config.codebook
-        losses["codebook"] = codebook_loss(
-            features.flatten(0, 1), nearest.flatten(0, 1), options.beta, options.reduction
-        )
+        if "codebook" not in self.left_out:
+            losses["codebook"] = codebook_loss(
+                features.flatten(0, 1), nearest.flatten(0, 1), options.beta, options.reduction
+            )
         mask = choices.patch_mask
         if mask is None:
             mim = self.config.mim
@@ -222,12 +240,15 @@ class CbVila(PairEncoding, nn.Module):
         metrics: dict[str, Tensor],
     ) -> None:
         """MIM (eq. 4) on z_q and the pixel term (eq. 3) on sampled codes, as the two halves of one fusion call."""
+        predicts, paints = not warm and "mim" not in self.left_out, "pixel" not in self.left_out
+        if not (predicts or paints):
+            return
         features = patches.take_cells(cells.features, cells.visible)  # [B, N − M, D]
         # Straight through: the value of the code, the gradient of the feature (none to C, as the paper asks for MIM).
         z_q = features + (patches.take_cells(cells.nearest, cells.visible) - features).detach()
         share = self.config.mim.share_pass
-        inputs = [] if warm and not share else [z_q]
-        if not share:
+        inputs = [z_q] if predicts or share else []
+        if paints and not share:
             inputs.append(self._sample(features, cells, progress, choices, metrics))
         queries = torch.cat([self._queries(values, cells, tokens) for values in inputs])
         context = self.fusion_encoder.project_context(pairs.clean)
@@ -235,8 +256,9 @@ class CbVila(PairEncoding, nn.Module):
         context_mask = pairs.mask.repeat(len(inputs), 1)
         fused = self.fusion_encoder(queries, None, context, context_mask)[:, int(self.config.mim.cls) :]
         halves = fused.split(len(features))
-        self._pixel(batch, patches.take_cells(halves[-1], cells.masked), cells, losses)
-        if not warm:
+        if paints:
+            self._pixel(batch, patches.take_cells(halves[-1], cells.masked), cells, losses)
+        if predicts:
             logits = self.mim_head(patches.take_cells(halves[0], cells.masked))
             targets = cells.indices.gather(1, cells.masked)
             losses["mim"] = mim_loss(logits, targets)

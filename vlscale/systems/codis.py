@@ -7,6 +7,8 @@ MLM as ALBEF's (part 3). Teacher and student see the same crop, or with `data.se
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -39,10 +41,26 @@ Scalars = dict[str, Tensor]
 class Codis(PairEncoding, nn.Module):
     """The student's modules and the codes are registered; teacher, queues and usage are carried beside."""
 
-    def __init__(self, config: CodisSystem, image_size: int, vocabulary: Vocabulary, *, code: bool = True) -> None:
-        """`code` tells whether the recipe trains the codebook: without it nothing is transported."""
+    def __init__(
+        self,
+        config: CodisSystem,
+        image_size: int,
+        vocabulary: Vocabulary,
+        left_out: frozenset[str] = frozenset(),
+        *,
+        queue_ids: bool = False,
+        taught: bool = True,
+    ) -> None:
+        """
+        Args:
+            left_out: losses that are not computed: without `code` nothing is transported. `align` is in any case, since
+                negatives are drawn by its similarities.
+            queue_ids: the queues know their columns' images, so that those of the same image are right answers too.
+            taught: false for a task, which has a teacher of its own or none: there is no teacher and no queue.
+        """
         super().__init__()
-        self.config, self.vocabulary, self.trains_code = config, vocabulary, code
+        self.config, self.vocabulary, self.left_out = config, vocabulary, left_out
+        self.trains_code = "code" not in left_out
         recompute = config.checkpoint_activations
         self.vision = VisionEncoder(config.vision, image_size, recompute)
         self.text_encoder = TextEncoder(config.text, vocabulary, recompute)
@@ -55,7 +73,7 @@ class Codis(PairEncoding, nn.Module):
         self.codebook = Prototypes(config.codebook, config.embed_dim)
         if config.text.init != "random":
             load_bert(config.text.init, self.text_encoder, self.fusion_encoder, self.mlm_head)
-        self.momentum = Momentum(self, config.teacher, config.embed_dim)
+        self.momentum = Momentum(self if taught else None, config.teacher, config.embed_dim, queue_ids)
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -63,7 +81,9 @@ class Codis(PairEncoding, nn.Module):
         """Losses `align`, `itm`, `mlm` and `code` of one micro-batch; keeps the teacher's features for `after_step`."""
         choices = choices or Choices()
         alpha = self.momentum.alpha(progress)
-        masked = mask_texts(batch, self.vocabulary, self.config.mlm_probability, progress, choices)
+        # Drawn in any case: the draws that follow don't depend on what is left out.
+        drawn = mask_texts(batch, self.vocabulary, self.config.mlm_probability, progress, choices)
+        masked = None if "mlm" in self.left_out else drawn
         images = self.vision(batch.images)  # [B, 1 + N, D_v]
         texts, masked_states = encode_clean_and_masked(self.text_encoder, batch, masked)  # [B, L, D] each
         image_feat, text_feat = self.image_feature(images), self.text_feature(texts)  # [B, d]
@@ -73,22 +93,19 @@ class Codis(PairEncoding, nn.Module):
 
         cross = self._align(image_feat, text_feat, taught, batch, alpha, losses, metrics)
         context = self.fusion_encoder.project_context(images)  # once, for both that read it
-
-        size = len(batch)
-        negatives = choose_negatives(cross.sim_t2i[:, :size], cross.sim_i2t[:, :size], batch, progress, choices)
-        valid = matching.valid_rows(negatives)  # [3B]
-        states = match_states(self.fusion_encoder, texts, batch.attention_mask, context, negatives)
-        itm_logits = self.match_logits(states)  # [3B, 2]
-        losses["itm"] = matching.itm_loss(itm_logits, valid)
-        metrics |= {"itm_accuracy": matching.itm_accuracy(itm_logits, valid), "itm_skipped": (~valid).sum().float()}
-
-        fused = self.fusion_encoder(masked_states, batch.attention_mask, context)  # [B, L, D]
-        self._predict_words(fused, masked, taught, alpha, losses, metrics)
+        if "itm" not in self.left_out:
+            size = len(batch)
+            negatives = choose_negatives(cross.sim_t2i[:, :size], cross.sim_i2t[:, :size], batch, progress, choices)
+            states = match_states(self.fusion_encoder, texts, batch.attention_mask, context, negatives)
+            self._learn_matching(states, negatives, losses, metrics)
+        if masked is not None and masked_states is not None:
+            fused = self.fusion_encoder(masked_states, batch.attention_mask, context)  # [B, L, D]
+            self._predict_words(fused, masked, taught, alpha, losses, metrics)
         if self.trains_code:
             self._transport(image_feat, text_feat, taught, losses, metrics)
             metrics |= self.codebook.tracker.metrics(progress.step)
         if self.training:
-            self.momentum.keep(taught, progress)
+            self.momentum.keep(taught, batch.image_ids, progress)
         return StepOutput(losses, metrics)
 
     def after_step(self, progress: Progress, writer: ParameterWriter) -> None:
@@ -110,15 +127,15 @@ class Codis(PairEncoding, nn.Module):
     ) -> contrastive.CrossAlignment:
         """L_align: the cross-modal terms with smoothed targets, the intra-modal ones with one-hot targets."""
         queues = self.momentum.image_queue.features, self.momentum.text_queue.features  # [d, Q]
-        temperature, ids = self.divisor(), batch.image_ids
+        temperature, ids, past = self.divisor(), batch.image_ids, self.momentum.queue_ids
         cross = contrastive.cross_alignment(
-            image_feat, text_feat, taught.image_feat, taught.text_feat, *queues, temperature, ids, alpha
+            image_feat, text_feat, taught.image_feat, taught.text_feat, *queues, temperature, ids, alpha, past
         )
         terms = {"align_i2t": cross.i2t, "align_t2i": cross.t2i}
         if self.config.align.intra:
             intra = contrastive.intra_alignment
-            terms["align_i2i"] = intra(image_feat, taught.image_feat, queues[0], temperature, ids)
-            terms["align_t2t"] = intra(text_feat, taught.text_feat, queues[1], temperature, ids)
+            terms["align_i2i"] = intra(image_feat, taught.image_feat, queues[0], temperature, ids, past)
+            terms["align_t2t"] = intra(text_feat, taught.text_feat, queues[1], temperature, ids, past)
         total = torch.stack(list(terms.values())).sum()
         averaged = self.config.align.reduce == "mean" or not self.config.align.intra
         losses["align"] = total / len(terms) if averaged else total
@@ -126,6 +143,12 @@ class Codis(PairEncoding, nn.Module):
         metrics["align_accuracy"] = cross.accuracy()
         metrics["nonfinite_similarities"] = contrastive.count_nonfinite(cross.sim_i2t, cross.sim_t2i)
         return cross
+
+    def _learn_matching(self, states: Tensor, negatives: matching.Negatives, losses: Scalars, metrics: Scalars) -> None:
+        """ITM of fused states [3B, 1, D], see `match_states`."""
+        logits, valid = self.match_logits(states), matching.valid_rows(negatives)  # [3B, 2], [3B]
+        losses["itm"] = matching.itm_loss(logits, valid)
+        metrics |= {"itm_accuracy": matching.itm_accuracy(logits, valid), "itm_skipped": (~valid).sum().float()}
 
     def _predict_words(
         self, fused: Tensor, masked: MaskedTexts, taught: Taught, alpha: float, losses: Scalars, metrics: Scalars
@@ -172,6 +195,10 @@ class Codis(PairEncoding, nn.Module):
         prefix = "codebook."
         self.codebook.tracker.load_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         self.momentum.load_state({k: v for k, v in state.items() if not k.startswith(prefix)})
+
+    def start_carried(self, state: Mapping[str, Tensor]) -> None:
+        """Begin a fine-tuning with another run's teacher and queues, see `Momentum.start`; usage is counted anew."""
+        self.momentum.start(state)
 
     def place(self, device: torch.device) -> None:
         """Move the carried state to `device`."""

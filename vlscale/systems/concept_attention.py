@@ -6,7 +6,7 @@ Written for any system that reads `data.concepts`, in one encoder or in several.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from vlscale.data.sample import Batch
 from vlscale.errors import UserError
 from vlscale.nn.attention import recorded_attention
 from vlscale.systems.gradcam import pick
-from vlscale.systems.protocol import ImageStates, TextStates
+from vlscale.systems.protocol import ImageStates, TextStates, offers
 
 
 class AttentionLayers(NamedTuple):
@@ -39,7 +39,6 @@ class ConceptRows(NamedTuple):
     """[phrases, D]."""
 
 
-@runtime_checkable
 class ReadsConcepts(Protocol):
     """A system whose attention runs over words, phrases, tags and regions."""
 
@@ -130,7 +129,7 @@ def as_reader(system: Any, name: str) -> ReadsConcepts:
     Raises:
         UserError: it does not.
     """
-    if not isinstance(system, ReadsConcepts):
+    if not offers(system, ReadsConcepts):
         raise UserError(f"{name}: its system reads no phrases, tags or regions, so there are no concepts to look at")
     return system
 

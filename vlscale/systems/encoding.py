@@ -61,6 +61,14 @@ class PairEncoding:
         context = self.fusion_encoder.project_context(image.tokens)
         return self.fusion_encoder(text.tokens, text.mask, context, image.mask)
 
+    def joint_feature(self, states: Tensor) -> Tensor:
+        """[CLS]; [B, L, D] → [B, D]."""
+        return states[:, 0]
+
+    def joint_parts(self, pooled: bool = True) -> tuple[str, ...]:
+        """The three encoders."""
+        return "vision", "text_encoder", "fusion_encoder"
+
     def word_attention(self) -> list[nn.Module]:
         """Cross-attention of every fusion layer; see `vlscale.systems.gradcam`."""
         layers: list[Any] = list(self.fusion_encoder.layer)
@@ -76,11 +84,15 @@ class PairEncoding:
 
     def match_logits(self, states: Tensor) -> Tensor:
         """[B, L, D] → [B, 2]; class 1 = match."""
-        return self.itm_head(states[:, 0]).float()
+        return self.itm_head(self.joint_feature(states)).float()
 
     def word_logits(self, states: Tensor) -> Tensor:
         """MLM logits [n, V] of fused states [n, D]."""
         return self.mlm_head(states, self.text_encoder.embeddings.word_embeddings.weight).float()
+
+    def word_decoder(self) -> tuple[Tensor, Tensor]:
+        """The word embeddings, to which the head is tied, and its bias."""
+        return self.text_encoder.embeddings.word_embeddings.weight, self.mlm_head.bias
 
     def image_feature(self, tokens: Tensor) -> Tensor:
         """CLS of [B, 1 + N, D] in the shared space, [B, d] fp32, unit length."""

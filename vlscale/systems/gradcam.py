@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from vlscale.data.sample import Batch
 from vlscale.errors import UserError
 from vlscale.nn.attention import recorded_attention
-from vlscale.systems.protocol import System
+from vlscale.systems.protocol import System, offers
 
 
-@runtime_checkable
 class WordsOverCells(Protocol):
     """A system whose `fuse` lets words attend to the cells of an image."""
 
@@ -30,7 +29,6 @@ class WordsOverCells(Protocol):
         ...
 
 
-@runtime_checkable
 class ClsOverCells(Protocol):
     """A system whose image feature is a [CLS] that attends to the cells."""
 
@@ -127,9 +125,9 @@ def word_layers(system: object) -> Sequence[nn.Module]:
     Raises:
         UserError: there are none.
     """
-    if not isinstance(system, WordsOverCells):
+    if not offers(system, WordsOverCells):
         raise UserError("no Grad-CAM: words don't attend to cells of an image in this system (it reads regions)")
-    return system.word_attention()
+    return cast(WordsOverCells, system).word_attention()
 
 
 def cls_layers(system: object) -> Sequence[nn.Module]:
@@ -138,9 +136,9 @@ def cls_layers(system: object) -> Sequence[nn.Module]:
     Raises:
         UserError: there are none.
     """
-    if not isinstance(system, ClsOverCells):
+    if not offers(system, ClsOverCells):
         raise UserError("no Grad-CAM of the contrast: this system has no [CLS] of an image that is compared with texts")
-    return system.cls_attention()
+    return cast(ClsOverCells, system).cls_attention()
 
 
 def pick(what: str, wanted: int | None, count: int, default: int) -> int:

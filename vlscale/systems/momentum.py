@@ -17,7 +17,7 @@ from vlscale import distributed
 from vlscale.config import Teacher as TeacherOptions
 from vlscale.data.sample import Batch, Vocabulary
 from vlscale.nn.bert import FusionEncoder, KeyValue, TextEncoder, concat_context, select_context
-from vlscale.nn.queue import FeatureQueue
+from vlscale.nn.queue import EMPTY, FeatureQueue, IdQueue
 from vlscale.nn.teacher import Teacher
 from vlscale.objectives import masking, matching
 from vlscale.systems.protocol import Choices, Progress
@@ -45,7 +45,7 @@ class Taught(NamedTuple):
     text_feat: Tensor
     """[B, d] fp32, unit length."""
     mlm_logits: Tensor | None
-    """[C, V], rows as `masking.gather_masked` orders them; None where α is 0."""
+    """[C, V], rows as `masking.gather_masked` orders them; None where α is 0, or no words are masked."""
 
 
 class Momentum:
@@ -54,34 +54,45 @@ class Momentum:
     Not a module: the teacher would be cast by native half precision. Its owner carries `state()`.
     """
 
-    def __init__(self, student: nn.Module, options: TeacherOptions, embed_dim: int) -> None:
-        """`student` has the modules of TAUGHT."""
-        self.options = options
-        self.teacher = Teacher({name: getattr(student, name) for name in TAUGHT}, options.momentum)
-        self.image_queue = FeatureQueue(embed_dim, options.queue_size, seed=0)
-        self.text_queue = FeatureQueue(embed_dim, options.queue_size, seed=1)
+    def __init__(self, student: nn.Module | None, options: TeacherOptions, embed_dim: int, ids: bool = False) -> None:
+        """
+        Args:
+            student: has the modules of TAUGHT; None: nothing is taught, carried or kept.
+            ids: remember which image each column of the queues is of, as the release's retrieval fine-tuning does and
+                its pre-training does not.
+        """
+        self.options, self.taught = options, student is not None
+        size, taught = (options.queue_size, TAUGHT) if self.taught else (0, ())
+        self.teacher = Teacher({name: getattr(student, name) for name in taught}, options.momentum)
+        self.image_queue = FeatureQueue(embed_dim, size, seed=0)
+        self.text_queue = FeatureQueue(embed_dim, size, seed=1)
+        self.id_queue = IdQueue(options.queue_size) if ids else None
         self.kept: list[Tensor] = []
         """[B, 2d] of each micro-batch: image and text features."""
+        self.kept_ids: list[Tensor] = []
+        """[B] of each micro-batch."""
         self._kept_step = -1
+
+    @property
+    def queue_ids(self) -> Tensor | None:
+        """[Q] int64, image ids of both queues' columns; None where they are not remembered."""
+        return None if self.id_queue is None else self.id_queue.ids
 
     def alpha(self, progress: Progress) -> float:
         """Weight of the teacher's targets: linear from 0 over epoch 0, then constant."""
         return self.options.alpha * min(1.0, progress.epoch)
 
     @torch.no_grad()
-    def teach(self, batch: Batch, masked: MaskedTexts, alpha: float, student_dtype: torch.dtype) -> Taught:
-        """The teacher's features of the batch and, where α counts, its MLM logits."""
+    def teach(self, batch: Batch, masked: MaskedTexts | None, alpha: float, student_dtype: torch.dtype) -> Taught:
+        """The teacher's features of the batch and, where words are masked and α counts, its MLM logits."""
         teacher = self.teacher
         half = student_dtype != torch.float32  # native half precision has no autocast; the fp32 teacher takes its own
         with torch.autocast(batch.images.device.type, student_dtype) if half else nullcontext():
             images = teacher["vision"](batch.images if batch.second_images is None else batch.second_images)
-            if alpha:
-                texts, masked_texts = encode_clean_and_masked(teacher["text_encoder"], batch, masked)
-            else:
-                texts = teacher["text_encoder"](batch.input_ids, batch.attention_mask)
+            texts, masked_texts = encode_clean_and_masked(teacher["text_encoder"], batch, masked if alpha else None)
             image_feat = unit(teacher["vision_proj"](images[:, 0]))
             text_feat = unit(teacher["text_proj"](texts[:, 0]))
-            if not alpha:
+            if masked is None or masked_texts is None:
                 return Taught(image_feat, text_feat, None)
             fusion = teacher["fusion_encoder"]
             fused = fusion(masked_texts, batch.attention_mask, fusion.project_context(images))
@@ -89,12 +100,13 @@ class Momentum:
             logits = teacher["mlm_head"](rows.states, word_table(teacher["text_encoder"]))
         return Taught(image_feat, text_feat, logits)
 
-    def keep(self, taught: Taught, progress: Progress) -> None:
-        """Remember a micro-batch's features until the step is done."""
+    def keep(self, taught: Taught, image_ids: Tensor, progress: Progress) -> None:
+        """Remember a micro-batch's features, and whose they are, until the step is done."""
         if progress.step != self._kept_step:  # a step that was skipped leaves features that must not be pushed
-            self.kept.clear()
+            self._forget()
             self._kept_step = progress.step
         self.kept.append(torch.cat([taught.image_feat, taught.text_feat], dim=1))  # [B, 2d]
+        self.kept_ids.append(image_ids)
 
     def after_step(self) -> None:
         """Move the teacher, push the step's features of all ranks and micro-batches."""
@@ -104,27 +116,56 @@ class Momentum:
             images, texts = gathered.chunk(2, dim=1)
             self.image_queue.push(images)
             self.text_queue.push(texts)
-            self.kept.clear()
+            if self.id_queue is not None:
+                self.id_queue.push(distributed.gather(torch.cat(self.kept_ids)))
+            self._forget()
+
+    def _forget(self) -> None:
+        self.kept.clear()
+        self.kept_ids.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """Teacher (fp32), queues (fp32) and their pointers (int64), equal on every rank; not copies."""
+        """Teacher (fp32), queues (fp32, ids int64) and their pointers (int64), equal on every rank; not copies."""
         state = {f"teacher.{name}": value for name, value in self.teacher.state().items()}
         for name, queue in self._queues().items():
             state |= {f"{name}.{key}": value for key, value in queue.state().items()}
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave.
+        """Take back what `state` gave. Ids may be missing: nobody knows then whose the queues' columns are.
 
         Raises:
             KeyError: a name is missing or unknown.
             ValueError, RuntimeError: a shape differs.
         """
+        if self.id_queue is not None and "id_queue.ids" not in state:
+            state = {**state, **self._unknown_ids(state)}
         require_names(self.state(), state)
-        prefix = "teacher."
-        self.teacher.load_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        self.teacher.load_state(_inside(state, "teacher."))
         for name, queue in self._queues().items():
-            queue.load_state(state[f"{name}.features"], state[f"{name}.pointer"])
+            queue.load_state(**_inside(state, f"{name}."))
+
+    def start(self, state: Mapping[str, Tensor]) -> None:
+        """Begin a fine-tuning with another run's teacher and queues, as the release does, where they are there and fit.
+
+        Otherwise the teacher starts as the student is now, and the queues stay random. Whose the queues' columns are is
+        known only where the other run knew it.
+
+        Args:
+            state: what `state` gave there, or a part of it, or nothing.
+        """
+        if not self.taught:
+            return
+        given = _inside(state, "teacher.")
+        if _shapes(given) == _shapes(self.teacher.state()):
+            self.teacher.load_state(given)
+        else:
+            self.teacher.copy_students()
+        queues = {name: _inside(state, f"{name}.") for name in ("image_queue", "text_queue")}
+        if all(_shapes(found) == _shapes(self._queues()[name].state()) for name, found in queues.items()):
+            ids = _inside({**self._unknown_ids(state), **state}, "id_queue.")
+            for name, queue in self._queues().items():
+                queue.load_state(**queues.get(name, ids))
 
     def place(self, device: torch.device) -> None:
         """Move teacher and queues to `device`."""
@@ -132,8 +173,25 @@ class Momentum:
         for queue in self._queues().values():
             queue.place(device)
 
-    def _queues(self) -> dict[str, FeatureQueue]:
-        return {"image_queue": self.image_queue, "text_queue": self.text_queue}
+    def _queues(self) -> dict[str, FeatureQueue | IdQueue]:
+        if not self.taught:
+            return {}
+        queues: dict[str, FeatureQueue | IdQueue] = {"image_queue": self.image_queue, "text_queue": self.text_queue}
+        return queues if self.id_queue is None else {**queues, "id_queue": self.id_queue}
+
+    def _unknown_ids(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of features that somebody else pushed."""
+        unknown = torch.full((self.options.queue_size,), EMPTY)
+        return {"id_queue.ids": unknown, "id_queue.pointer": state["image_queue.pointer"]}
+
+
+def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What stands under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
 def require_names(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -153,8 +211,12 @@ def mask_texts(
     return MaskedTexts(ids, labels, masking.masking_capacity(len(ids), ids.shape[1], probability))
 
 
-def encode_clean_and_masked(encoder: TextEncoder, batch: Batch, masked: MaskedTexts) -> tuple[Tensor, Tensor]:
-    """Both texts in one pass of the encoder; [B, L, D] each."""
+def encode_clean_and_masked(
+    encoder: TextEncoder, batch: Batch, masked: MaskedTexts | None
+) -> tuple[Tensor, Tensor | None]:
+    """Both texts in one pass of the encoder, or the clean ones alone; [B, L, D] each."""
+    if masked is None:
+        return encoder(batch.input_ids, batch.attention_mask), None
     states = encoder(torch.cat([batch.input_ids, masked.input_ids]), batch.attention_mask.repeat(2, 1))
     clean, hidden = states.chunk(2)
     return clean, hidden

@@ -6,7 +6,7 @@ Tasks, evaluation and inspection are written against `System` and never ask whic
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "StepOutput",
     "System",
     "TextStates",
+    "offers",
 ]
 
 
@@ -159,6 +160,17 @@ class System(Protocol):
         """
         ...
 
+    def joint_feature(self, states: Tensor) -> Tensor:
+        """What a task reads of a pair: fused states [B, L, D] → [B, D]."""
+        ...
+
+    def joint_parts(self, pooled: bool = True) -> tuple[str, ...]:
+        """Dotted names of the modules that `fuse` and what it is given read, and with `pooled` `joint_feature` too.
+
+        Every parameter in them is read: what trains through these methods alone leaves no parameter there at rest.
+        """
+        ...
+
     def similarity(self, image: ImageStates, text: TextStates) -> Tensor | None:
         """First-stage scores [B_image, B_text], cosines over the temperature; None where there is no first stage."""
         ...
@@ -169,6 +181,10 @@ class System(Protocol):
 
     def word_logits(self, states: Tensor) -> Tensor:
         """MLM logits [n, V] of fused states [n, D]."""
+        ...
+
+    def word_decoder(self) -> tuple[Tensor, Tensor]:
+        """Matrix [V, D] and bias [V] that `word_logits` ends with; no copies."""
         ...
 
     def codebooks(self) -> dict[str, Codebook]: ...
@@ -192,3 +208,11 @@ class System(Protocol):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of visual cells."""
         ...
+
+
+def offers(system: object, protocol: Any) -> bool:
+    """Whether the system has all that a protocol names: itself or, where it is tuned, the system inside.
+
+    `isinstance` doesn't see the latter from Python 3.12 on.
+    """
+    return all(hasattr(system, name) for name in vars(protocol) if not name.startswith("_"))

@@ -19,6 +19,7 @@ from vlscale.config import SohoSystem
 from vlscale.data.sample import Batch, Vocabulary
 from vlscale.nn.cnn import CnnEncoder
 from vlscale.nn.joint import JointEncoder, load_joint
+from vlscale.nn.statistics import average_statistics
 from vlscale.nn.writer import ParameterWriter
 from vlscale.objectives import masking, matching, visual_masking
 from vlscale.systems.protocol import Cells, Choices, Codebook, ImageStates, Progress, StepOutput, TextStates
@@ -42,9 +43,24 @@ class _Pairs(NamedTuple):
 class Soho(nn.Module):
     """Every part is registered; the dictionary is a buffer, its usage is carried beside."""
 
-    def __init__(self, config: SohoSystem, image_size: int, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        config: SohoSystem,
+        image_size: int,
+        vocabulary: Vocabulary,
+        left_out: frozenset[str] = frozenset(),
+        *,
+        quantise: bool = True,
+    ) -> None:
+        """
+        Args:
+            left_out: losses that are not computed; what they would ask for is not hidden either.
+            quantise: false gives the transformer the dictionary's input in place of its codes, as fine-tuning does
+                (section 4.2); then there is no MVM, and the dictionary stays as it is.
+        """
         super().__init__()
         self.config, self.vocabulary, self.image_size = config, vocabulary, image_size
+        self.left_out, self.quantises = left_out, quantise
         self.backbone = CnnEncoder(config.backbone)
         self.neck = VisualNeck(config.neck, config.dictionary, self.backbone.width, config.text.width)
         self.joint = JointEncoder(config.text, vocabulary, config.checkpoint_activations)
@@ -71,11 +87,14 @@ class Soho(nn.Module):
 
         losses: Scalars = {}
         metrics: Scalars = {"padding": 1 - pairs.valid.float().mean()}
-        itm_logits = self.match_logits(word_states)  # [B, 2]
-        losses["itm"] = matching.pair_loss(itm_logits, matched)
-        metrics["itm_accuracy"] = matching.pair_accuracy(itm_logits, matched)
+        if "itm" not in self.left_out:
+            itm_logits = self.match_logits(word_states)  # [B, 2]
+            losses["itm"] = matching.pair_loss(itm_logits, matched)
+            metrics["itm_accuracy"] = matching.pair_accuracy(itm_logits, matched)
         learns = matched.bool() | (self.config.mvm.pairs == "all")  # [B]
-        self._predict_words(word_states, torch.where(learns[:, None], words.labels, masking.IGNORED), losses, metrics)
+        if "mlm" not in self.left_out:
+            labels = torch.where(learns[:, None], words.labels, masking.IGNORED)
+            self._predict_words(word_states, labels, losses, metrics)
         if pairs.labels is not None:
             labels = torch.where(learns[:, None], pairs.labels, masking.IGNORED)
             self._predict_cells(cell_states, labels, progress, losses, metrics)
@@ -85,7 +104,7 @@ class Soho(nn.Module):
         """Move the dictionary (`update: paper`), and let all ranks have the same BatchNorm statistics."""
         if self.neck.dictionary is not None:
             self.neck.dictionary.after_step(progress.step + 1, progress.fraction)
-        distributed.average([buffer for buffer in _running_statistics(self) if buffer.is_floating_point()])
+        average_statistics(self)
 
     def rest(self, progress: Progress) -> bool:
         """The backbone rests for `freeze_epochs` (section 3.2, cold start)."""
@@ -101,7 +120,11 @@ class Soho(nn.Module):
     def _masked_words(self, batch: Batch, progress: Progress, choices: Choices) -> masking.MaskedTokens:
         if choices.masked_input_ids is not None and choices.mlm_labels is not None:
             return masking.MaskedTokens(choices.masked_input_ids, choices.mlm_labels)
-        return masking.mask_tokens(batch.input_ids, self.vocabulary, self.config.mlm_probability, progress.generator)
+        # Drawn in any case: the draws that follow don't depend on what is left out.
+        drawn = masking.mask_tokens(batch.input_ids, self.vocabulary, self.config.mlm_probability, progress.generator)
+        if "mlm" not in self.left_out:
+            return drawn
+        return masking.MaskedTokens(batch.input_ids, torch.full_like(batch.input_ids, masking.IGNORED))
 
     def _visual_pairs(self, batch: Batch, progress: Progress, choices: Choices) -> _Pairs:
         """Cells are masked in every pair, matched or not: else a mask would tell ITM the answer."""
@@ -109,7 +132,7 @@ class Soho(nn.Module):
         neck, valid = self._neck(batch, texts if self.config.neck.repeat else 1)
         rest = 1 if self.config.neck.repeat else texts
         embeds, valid = neck.embeds.repeat_interleave(rest, 0), valid.repeat_interleave(rest, 0)  # [B, N, D], [B, h, w]
-        if neck.indices is None:
+        if neck.indices is None or "mvm" in self.left_out:
             return _Pairs(self.neck.tokens(embeds, valid, None), valid.flatten(1), None)
         masked = self._masked_cells(neck.indices.repeat_interleave(rest, 0), valid.flatten(1), progress, choices)
         return _Pairs(self.neck.tokens(embeds, valid, masked.mask), valid.flatten(1), masked.labels)
@@ -129,7 +152,7 @@ class Soho(nn.Module):
         feature_map = self.backbone(batch.images)  # [I, C, h2, w2]
         valid = self._valid(batch, (feature_map.shape[2] // 2, feature_map.shape[3] // 2))
         feature_map, valid = feature_map.repeat_interleave(repeats, 0), valid.repeat_interleave(repeats, 0)
-        return self.neck(feature_map, valid), valid
+        return self.neck(feature_map, valid, self.quantises), valid
 
     def _valid(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
         """[I, h, w] bool; the release's canvas is square whatever the images are."""
@@ -194,6 +217,16 @@ class Soho(nn.Module):
         mask = torch.cat([text.mask, image.mask.expand(count, -1)], dim=1)
         return self.joint(torch.cat([text.tokens.to(cells.dtype), cells], dim=1), mask)[:, :length]
 
+    def joint_feature(self, states: Tensor) -> Tensor:
+        """[CLS]; [B, L, D] → [B, D]."""
+        return states[:, 0]
+
+    def joint_parts(self, pooled: bool = True) -> tuple[str, ...]:
+        """Of the neck what makes tokens: never the mask embedding, and without codes nothing that reads them."""
+        codes = ("code_proj", "gate", "gate_norm") if self.quantises else ()
+        names = (name for name in ("conv", "norm", "out_norm", *codes) if hasattr(self.neck, name))
+        return "backbone", *(f"neck.{name}" for name in names), "joint"
+
     def word_attention(self) -> list[nn.Module]:
         """Self-attention of every joint layer: words first, cells last; see `vlscale.systems.gradcam`."""
         layers: list[Any] = list(self.joint.layer)
@@ -205,11 +238,16 @@ class Soho(nn.Module):
 
     def match_logits(self, states: Tensor) -> Tensor:
         """[B, L, D] → [B, 2] fp32; class 1 = match."""
-        return self.itm_head(states[:, 0]).float()
+        return self.itm_head(self.joint_feature(states)).float()
 
     def word_logits(self, states: Tensor) -> Tensor:
         """MLM logits [n, V] of fused states [n, D]."""
-        return F.linear(states, self.joint.embeddings.word_embeddings.weight).float()
+        return F.linear(states, self.word_decoder()[0]).float()
+
+    def word_decoder(self) -> tuple[Tensor, Tensor]:
+        """The word embeddings; there is no bias: zeros."""
+        words = self.joint.embeddings.word_embeddings.weight
+        return words, words.new_zeros(len(words))
 
     # --- carried state and codebook ---------------------------------------------------------------------------------
 
@@ -252,9 +290,3 @@ class Soho(nn.Module):
     def codebook_features(self, batch: Batch) -> dict[str, Tensor]:
         """What the dictionary names, [I, N, D]; `cells` tells which are padding."""
         return {} if self.neck.dictionary is None else {"dictionary": self._neck(batch, 1)[0].features}
-
-
-def _running_statistics(module: nn.Module) -> list[Tensor]:
-    """Buffers of every BatchNorm that takes statistics just now."""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
-    return [buffer for norm in norms for buffer in norm.buffers()]

@@ -6,9 +6,10 @@ import hashlib
 import json
 from typing import Any
 
-from vlscale.config import Data, Recipe
+from vlscale.config import Data
 from vlscale.data.sample import Sample
 from vlscale.errors import UserError
+from vlscale.interop.origin import describe_data, learned
 from vlscale.interop.run import Run
 
 
@@ -20,8 +21,8 @@ def split_hash(samples: list[Sample]) -> str:
     return digest.hexdigest()
 
 
-def first_images(samples: list[Sample], first: int | None) -> tuple[dict[str, int], list[Sample]]:
-    """What the card says of `--first`, and the images that are evaluated.
+def first_images(samples: list[Sample], first: int | None, what: str = "images") -> tuple[dict[str, int], list[Sample]]:
+    """What the card says of `--first`, and the samples (`what` they are) that are evaluated.
 
     Raises:
         UserError: there are not so many.
@@ -29,29 +30,20 @@ def first_images(samples: list[Sample], first: int | None) -> tuple[dict[str, in
     if first is None:
         return {}, samples
     if not 1 <= first <= len(samples):
-        raise UserError(f"--first {first}: expected a number of images from 1 to {len(samples)}, all of the split")
-    return {"first": first, "split_images": len(samples)}, samples[:first]
+        raise UserError(f"--first {first}: expected a number of {what} from 1 to {len(samples)}, all of the split")
+    return {"first": first, f"split_{what}": len(samples)}, samples[:first]
 
 
 def origin(run: Run, data: str | None, split: str) -> dict[str, Any]:
     """Which checkpoint, what it learned from and what it was asked."""
-    own = describe_data(run.recipe)
     return {
         "checkpoint": str(run.checkpoint),
         "recipe": run.recipe.name,
         "step": run.step,
-        "trained_on": own,
-        "samples_seen": run.step * run.recipe.train.global_batch,
-        "tuned_on": None,
-        "data": data or own,
+        **learned(run.folder, run.recipe, run.step),
+        "data": data or describe_data(run.recipe),
         "split": split,
     }
-
-
-def describe_data(recipe: Recipe) -> str:
-    """The run's own data in words."""
-    scenes = recipe.data.scenes
-    return recipe.data.path or f"embedded scenes (train {scenes.train}, test {scenes.test}, seed {scenes.seed})"
 
 
 def max_tokens(data: Data) -> int:

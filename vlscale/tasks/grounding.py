@@ -1,6 +1,7 @@
-"""Phrase grounding without fine-tuning (MVPTR, section 4.2.3): which region of an image does a phrase mean?
+"""Phrase grounding (MVPTR, section 4.2.3): which region of an image does a phrase mean?
 
 A phrase is the mean of its tokens, read in its caption and beside the image; its region is that of the highest score.
+Systems that see cells and no regions are asked by Grad-CAM over boxes (ALBEF, section 6.2).
 Phrases and true boxes are the data's (Flickr30k Entities and what is like it).
 """
 
@@ -10,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.table import Table
@@ -23,8 +24,11 @@ from vlscale.data.text import TextTokenizer
 from vlscale.errors import UserError
 from vlscale.interop.layout import write_json, write_text
 from vlscale.interop.run import load_run, run_samples
+from vlscale.systems.gradcam import WordsOverCells
+from vlscale.systems.protocol import System, offers
 from vlscale.tasks import box_recall
 from vlscale.tasks.box_recall import MIN_IOU, PROTOCOLS
+from vlscale.tasks.cam_scores import SCORE, CamScores, box_grid
 from vlscale.tasks.card import first_images, max_tokens, origin, resolution, split_hash
 from vlscale.tasks.features import OnProgress, Precision
 from vlscale.tasks.judged import BASELINES, Judged, Judgement
@@ -66,6 +70,7 @@ def run_grounding(
     split: str | None = None,
     layer: int | None = None,
     concepts: bool = False,
+    grid: bool = False,
     first: int | None = None,
     out: Path | None = None,
     image_root: str | None = None,
@@ -75,25 +80,26 @@ def run_grounding(
 
     Args:
         source: run folder (newest complete checkpoint) or checkpoint folder.
-        zero_shot: take the run as it was pre-trained; nothing else can be done yet.
+        zero_shot: take a run that was not tuned for grounding.
         data: annotations, shards, …; default the run's own.
         layer: whose states are compared; default the system's.
         concepts: phrase concepts that a phrase says count among its tokens.
+        grid: with Grad-CAM, the candidates are a grid of boxes in place of the annotated ones.
         first: evaluate only so many images, from the start of the split; default all.
         out: result file; default `eval/grounding.json` in the run folder.
 
     Raises:
-        UserError: no such run, data, split, images or layer; no phrases with boxes; a system that reads no regions; or
-            a checkpoint that gives non-finite scores.
+        UserError: no such run, data, split, images or layer; no phrases with boxes; an option that this system has no
+            use for; or a checkpoint that gives non-finite scores.
     """
-    if not zero_shot:
-        raise UserError(
-            "--zero-shot is missing: it takes a run as it was pre-trained; grounding with fine-tuning needs a run that "
-            "was tuned for it, which no recipe does yet"
-        )
     if out is not None and (out.suffix != ".json" or out.is_dir()):
         raise UserError(f"--out {out}: expected the name of a .json file")
     run = load_run(source)
+    if not zero_shot and (run.recipe.task is None or run.recipe.task.name != "grounding"):
+        raise UserError(
+            f"--zero-shot is missing: {run.recipe.name} was not tuned for grounding; tune it with vlscale finetune "
+            "grounding, or take it as it is with --zero-shot"
+        )
     system_scoring(run.system, run.recipe)  # before the data is read
     split_name, samples = run_samples(run, data, split, image_root)
     asked, samples = first_images(samples, first)
@@ -104,6 +110,7 @@ def run_grounding(
         run.tokenizer,
         layer=layer,
         concepts=concepts,
+        grid=grid,
         batch_size=run.recipe.eval.batch_size,
         device=run.device,
         on_progress=on_progress,
@@ -114,17 +121,16 @@ def run_grounding(
 
 
 def system_scoring(system: nn.Module, recipe: Recipe) -> ScoresRegions:
-    """The system, if it scores regions.
+    """The system, if it scores regions; by Grad-CAM, where its words attend to cells.
 
     Raises:
-        UserError: it doesn't.
+        UserError: it does neither.
     """
-    if not isinstance(system, ScoresRegions):
-        raise UserError(
-            f"{recipe.name}: its system reads no regions that phrases could be compared with; grounding needs a run of "
-            "a recipe with data.concepts, such as mvptr_tiny"
-        )
-    return system
+    if offers(system, ScoresRegions):
+        return cast(ScoresRegions, system)
+    if offers(system, WordsOverCells):
+        return CamScores(cast(System, system))
+    raise UserError(f"{recipe.name}: its system neither compares phrases with regions nor lets words attend to cells")
 
 
 def evaluate_grounding(
@@ -137,6 +143,7 @@ def evaluate_grounding(
     device: torch.device | str,
     layer: int | None = None,
     concepts: bool = False,
+    grid: bool = False,
     on_progress: OnProgress | None = None,
 ) -> GroundingResult:
     """Ground every phrase that has boxes and a place in a caption.
@@ -148,11 +155,16 @@ def evaluate_grounding(
         UserError: as `run_grounding`.
     """
     scoring = system_scoring(system, recipe)
+    by_cam = isinstance(scoring, CamScores)
+    if by_cam and concepts:
+        raise UserError(f"--concepts: {recipe.name} reads no phrase concepts; leave it out")
+    if grid and not by_cam:
+        raise UserError(f"--grid: {recipe.name} reads regions; a grid is for Grad-CAM alone, leave it out")
     layer = scoring.grounding_layer if layer is None else layer
     asked, left_out = phrases_to_ask(samples)
-    precision = Precision.of(torch.device(device))
+    precision = Precision.of(torch.device(device), system)
     encode = SpanEncoder(recipe.data, tokenizer, concepts)
-    grounder = Grounder(scoring, layer, recipe.data, tokenizer, encode, precision, batch_size)
+    grounder = Grounder(scoring, layer, recipe.data, tokenizer, encode, precision, batch_size, grid)
     judged, total = Judged(), sum(map(len, asked.values()))
     for caption in grounder.captions(samples, asked):
         judged.add(caption)
@@ -162,9 +174,11 @@ def evaluate_grounding(
         raise UserError(f"none of the {len(asked)} images can be read, the first is {grounder.skipped[0]}")
     read = [samples[number] for number in judged.regions]
     card = {
-        "score": f"cosine of regions with the mean of a phrase's {'words and concepts' if concepts else 'words'}",
+        "score": SCORE
+        if by_cam
+        else f"cosine of regions with the mean of a phrase's {'words and concepts' if concepts else 'words'}",
         "layer": layer,
-        "regions": _described(read, recipe.data),
+        "regions": f"a grid of {len(box_grid())} boxes" if grid else _described(read, recipe.data),
         "resolution": resolution(recipe.data),
         "rules": RULES,
         **judged.counted(),
@@ -183,7 +197,8 @@ def grounding_table(path: Path) -> Table:
     card, baselines = result["protocol"], result["baselines"]
     caption = f"{card['phrases']:,} phrases of {card['captions']:,} captions, {card['images']:,} images, layer "
     caption += f"{card['layer']}; regions: {card['regions']}, {card['regions_per_image']} per image"
-    table = Table(title="Phrase grounding, zero-shot, in %", caption=caption)
+    tuned = (card["tuned_on"] or {}).get("task") == "grounding"
+    table = Table(title=f"Phrase grounding, {'tuned' if tuned else 'zero-shot'}, in %", caption=caption)
     table.add_column("")
     table.add_column("phrases", justify="right")
     for protocol in PROTOCOLS:
@@ -218,5 +233,6 @@ def _write(result: GroundingResult, path: Path) -> Path:
 def _described(samples: Sequence[Sample], data: Data) -> str:
     """What the regions are."""
     own = sum(sample.regions is None for sample in samples)
-    kinds = ["stored with the images"] * (own < len(samples)) + ["own boxes + whole image"] * (own > 0)
+    boxes = "own boxes + whole image" if data.concepts is not None else "the image's annotated boxes"
+    kinds = ["stored with the images"] * (own < len(samples)) + [boxes] * (own > 0)
     return ", else ".join(kinds)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from vlscale.objectives.matching import draw_negatives, itm_accuracy, valid_rows
 from vlscale.objectives.patches import draw_patch_mask
 from vlscale.objectives.reconstruction import mim_loss
 from vlscale.systems.concept_inputs import phrases_saying
-from vlscale.systems.protocol import System, TextStates
+from vlscale.systems.protocol import System, TextStates, offers
 from vlscale.tasks.card import origin, resolution, split_hash
 
 _FUNCTION_WORDS = """
@@ -45,7 +45,6 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 BATCH = 64
 
 
-@runtime_checkable
 class PredictsCells(Protocol):
     """A system with masked image modelling."""
 
@@ -108,7 +107,7 @@ def probe_objectives(
     for batch in _pairs(samples, recipe, tokenizer, rng, device):
         _probe_matching(system, batch, generator, sums)
         _probe_words(system, batch, tokenizer, rng, sums)
-        if isinstance(system, PredictsCells):
+        if offers(system, PredictsCells):
             codes.append(_probe_cells(system, batch, recipe, generator, sums))
     metrics = {"itm_accuracy": sums.mean("itm")}
     if "words_true" in sums.values:
@@ -197,14 +196,14 @@ def _content_position(tokenizer: TextTokenizer, ids: Tensor, rng: np.random.Gene
 
 def _probe_cells(system: System, batch: Batch, recipe: Recipe, generator: torch.Generator, sums: _Sums) -> Tensor:
     """MIM with the true captions and with those of the next pair; returns the masked cells' codes."""
-    assert isinstance(system, PredictsCells)
+    assert offers(system, PredictsCells)
     mim: Any = recipe.system.mim  # type: ignore[union-attr]
     mask = draw_patch_mask(len(batch), system.grid, mim.ratio, mim.block, generator).to(batch.images.device)
     text = system.encode_text(batch)
     other = TextStates(*(value.roll(1, dims=0) for value in text))
     codes = torch.empty(0)
     for name, states in (("mim_true", text), ("mim_shuffled", other)):
-        found = system.predict_masked(batch, states, mask)
+        found = cast(PredictsCells, system).predict_masked(batch, states, mask)
         codes = found["codes"]
         sums.add(name, mim_loss(found["logits"], codes).item(), len(batch))
     return codes.flatten()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from vlscale.data.stream import evaluation_batches
 from vlscale.data.text import TextTokenizer
 from vlscale.errors import UserError
 from vlscale.systems.concept_inputs import given, phrase_masks
+from vlscale.tasks.cam_scores import with_candidates
 from vlscale.tasks.features import Precision
 
 _TEXT_FIELDS = frozenset({"input_ids", "attention_mask", "phrase_places", "phrase_words", "matched"})
@@ -26,7 +27,6 @@ Asked = dict[int, list[Annotated]]
 """By number of the sample: its captions that have phrases to ask for, with these."""
 
 
-@runtime_checkable
 class ScoresRegions(Protocol):
     """A system that tells how well phrases fit regions."""
 
@@ -106,7 +106,7 @@ def _is_placed(sample: Sample, phrase: Phrase) -> bool:
 
 def with_phrase_boxes(sample: Sample, data: Data) -> Sample:
     """Where the data's own boxes stand for regions: those of phrases among them."""
-    if data.concepts is None or data.concepts.pixels is None or sample.regions is not None:
+    if sample.regions is not None or (data.concepts is not None and data.concepts.pixels is None):
         return sample
     boxes = dict.fromkeys([*sample.boxes, *(box for phrase in sample.phrases for box in phrase.boxes)])
     return replace(sample, boxes=tuple(boxes))
@@ -123,10 +123,12 @@ class Grounder:
     encode: SpanEncoder
     precision: Precision
     batch_size: int
+    grid: bool = False
+    """Where the data has no regions of its own to read: a grid of boxes in place of the annotated ones."""
     skipped: list[str] = field(default_factory=list)
     """Images that could not be read so far: `path: reason`."""
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: Grad-CAM derives by what it makes of these inputs
     def captions(self, samples: Sequence[Sample], asked: Asked) -> Iterator[Grounded]:
         """Every caption of the images that can be read, in order, `batch_size` of them at a time.
 
@@ -138,11 +140,14 @@ class Grounder:
         for loaded in evaluation_batches(images, self.data, self.batch_size, self.tokenizer):
             self.skipped += loaded.skipped
             batch = normalize_batch(loaded.to(self.precision.device), self.data)
-            kept = [numbers[place] for place in loaded.image_ids.tolist()]
+            places = loaded.image_ids.tolist()
+            if self.data.concepts is None and places:
+                batch = with_candidates(batch, [images[place] for place in places], self.grid)
+            kept = [numbers[place] for place in places]
             rows = [(row, number, caption) for row, number in enumerate(kept) for caption in asked[number]]
             for start in range(0, len(rows), self.batch_size):
-                places, of_images, captions = zip(*rows[start : start + self.batch_size], strict=True)
-                yield from self._grounded(repeated(batch, places), of_images, captions)
+                taken, of_images, captions = zip(*rows[start : start + self.batch_size], strict=True)
+                yield from self._grounded(repeated(batch, taken), of_images, captions)
 
     def _grounded(self, images: Batch, numbers: Sequence[int], captions: Sequence[Annotated]) -> Iterator[Grounded]:
         """Captions, each with its image in the same row."""
