@@ -20,6 +20,7 @@ from vlscale.inspect.compare import as_table, compare_runs, curves_of, sections_
 from vlscale.inspect.curves import last_value, smooth, stages_of
 from vlscale.inspect.run_log import Curve, read_run, with_own_names
 from vlscale.interop import layout
+from vlscale.interop.run import load_run
 
 
 def rows(steps: int, **columns: float) -> list[dict[str, Any]]:
@@ -100,7 +101,7 @@ def test_stages_stand_behind_one_another(tmp_path: Path) -> None:
 def test_weights_are_counted_from_the_file_s_header(tmp_path: Path) -> None:
     run = make_run(tmp_path, "albef")
     log_steps(run, rows(3, loss=1.0))
-    system = __import__("vlscale.interop.run", fromlist=["load_run"]).load_run(str(run)).system
+    system = load_run(str(run)).system
     assert read_run(run).weights == sum(value.numel() for value in system.state_dict().values())
 
 

@@ -21,6 +21,8 @@ from vlscale.systems.codis import Codis
 
 QUEUE = 10
 """Columns of the fixtures' queues."""
+KEPT = {torch.float32: lambda system: system.momentum.kept, torch.int64: lambda system: system.momentum.kept_ids}
+"""What a rank keeps until the step is done, by its type."""
 
 
 def albef(seed: int = 0, ids: bool = True, image_size: int = IMAGE_SIZE) -> Albef:
@@ -109,9 +111,6 @@ def test_every_rank_has_the_ids_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     for system in ranks:
         system.after_step(progress(), DirectWriter())
         assert system.carried_state()["id_queue.ids"].tolist() == [0, 1, 10, 11] + [EMPTY] * 6
-
-
-KEPT = {torch.float32: lambda system: system.momentum.kept, torch.int64: lambda system: system.momentum.kept_ids}
 
 
 def test_a_checkpoint_from_before_loads() -> None:
