@@ -78,7 +78,8 @@ def retrieval(
         page = draw_retrieval(result.path, result.predictions, result.samples, count)
         terminal.print_result(result.path, split, retrieval_table(result.path))
         print(page)
-    distributed.shutdown()
+    if launch.has_company():
+        distributed.shutdown()
 
 
 @app.command()

@@ -61,7 +61,7 @@ def test_shipped_recipes_resolve_and_survive_being_written(name: str, task: str,
 
 @pytest.mark.parametrize(
     ("task", "epochs", "batch", "rate", "warmup"),
-    [("retrieval", 5, 256, 1e-5, 100), ("vqa", 8, 256, 2e-5, 400), ("snli-ve", 5, 256, 2e-5, 100)],
+    [("retrieval", 25, 256, 1e-5, 100), ("vqa", 8, 256, 2e-5, 400), ("snli-ve", 5, 256, 2e-5, 100)],
 )
 @pytest.mark.parametrize("name", ["albef_base", "codis_base", "cb_vila_base"])
 def test_vit_systems_follow_albefs_release(

@@ -43,7 +43,8 @@ def vlscale(cache: Path) -> Vlscale:
 def here(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Here:
     """Run the command line in this process and get its exit code: torch need not be imported again."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what a command sets is undone
+        monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("VLSCALE_CACHE", str(cache))
 
