@@ -36,8 +36,9 @@ def test_shards_give_the_losses_of_their_source(
     # The run knows where its data is, whatever directory it is evaluated from.
     assert yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())["data"]["path"] == str(shards)
     assert here("eval", "retrieval", "--from", "a") == 0
-    assert here("eval", "retrieval", "--from", "b", "--data", f"shards:{shards}", "--out", "there.json") == 0
-    ours, theirs = (json.loads(Path(name).read_text()) for name in ("a/eval/retrieval.json", "there.json"))
+    assert here("eval", "retrieval", "--from", "b", "--data", f"shards:{shards}", "--out", "b.json") == 0
+    assert Path("b.page/index.html").is_file(), "b is the run"
+    ours, theirs = (json.loads(Path(name).read_text()) for name in ("a/eval/retrieval.json", "b.json"))
     assert ours["metrics"] == theirs["metrics"]
     assert (theirs["protocol"]["split"], theirs["protocol"]["images"]) == ("test", 8)
 

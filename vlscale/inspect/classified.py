@@ -15,7 +15,7 @@ from PIL import Image
 from vlscale.data.images import ImageError, load_image
 from vlscale.data.sample import Sample
 from vlscale.inspect import pictures
-from vlscale.inspect.folders import replaced
+from vlscale.inspect.folders import page_folder, replaced
 from vlscale.inspect.html import document, figure, table
 from vlscale.interop.layout import write_text
 
@@ -54,7 +54,7 @@ def draw_classified(result: Path, predictions: Path, examples: Sequence[Sample],
     content = json.loads(result.read_text(encoding="utf-8"))
     with predictions.open(encoding="utf-8") as lines:
         read = [one for one in map(json.loads, lines) if one["predicted"] is not None]
-    folder = result.with_suffix("")
+    folder = page_folder(result)
     with replaced(folder, PAGE) as new:
         parts = [*_numbers(content), LEGEND]
         unread: list[str] = []

@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlscale.errors import UserError
+from vlscale.interop import layout
+
+
+def page_folder(result: Path) -> Path:
+    """Folder of a result file's page: its name without the ending; where a run has that name, with `.page`."""
+    folder = result.with_suffix("")
+    return result.with_suffix(".page") if layout.holds_run(folder) else folder
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from vlscale.data.images import ImageError, load_image
 from vlscale.data.sample import Sample
 from vlscale.inspect import pictures
 from vlscale.inspect.boxes import COLOURS, RED, Mark, with_boxes
-from vlscale.inspect.folders import replaced
+from vlscale.inspect.folders import page_folder, replaced
 from vlscale.inspect.html import document, figure, table
 from vlscale.interop.layout import write_text
 
@@ -68,7 +68,7 @@ def draw_grounding(result: Path, predictions: Path, samples: Sequence[Sample], c
         UserError: the folder holds something else.
     """
     content = json.loads(result.read_text(encoding="utf-8"))
-    folder = result.with_suffix("")
+    folder = page_folder(result)
     with replaced(folder, PAGE) as new:
         parts = _parts(content, _chosen(_captions(predictions), count), samples, new)
         write_text(new / PAGE, document(f"{content['protocol']['recipe']}: phrase grounding", parts))

@@ -15,7 +15,7 @@ from vlscale.data.images import ImageError, load_image
 from vlscale.data.sample import Sample
 from vlscale.inspect import pictures
 from vlscale.inspect.boxes import COLOURS, Colour
-from vlscale.inspect.folders import replaced
+from vlscale.inspect.folders import page_folder, replaced
 from vlscale.inspect.html import document, figure, table
 from vlscale.interop.layout import write_text
 
@@ -57,7 +57,7 @@ def draw_retrieval(result: Path, predictions: Path, samples: Sequence[Sample], c
     content = json.loads(result.read_text(encoding="utf-8"))
     with predictions.open(encoding="utf-8") as lines:
         queries = [json.loads(line) for line in lines]
-    folder = result.with_suffix("")
+    folder = page_folder(result)
     with replaced(folder, PAGE) as new:
         parts, unread = [*_numbers(content), LEGEND], list[str]()
         for way, title in WAYS.items():
