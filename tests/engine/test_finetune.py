@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from tests.engine.toy import WIDTH, ToySystem, build_toy, toy_recipe
 from tests.tasks.classified_data import LABELS, write_data, write_pairs
 from vlscale.cli.main import main
-from vlscale.config import Recipe, tuning
+from vlscale.config import Recipe, load_recipe, tuning
 from vlscale.data.sample import Batch, Vocabulary
 from vlscale.engine import loop
 from vlscale.engine.loop import RunResult
 from vlscale.interop import layout, run
 from vlscale.interop.export import read_tensors
+from vlscale.interop.origin import learned
 from vlscale.nn.writer import ParameterWriter
 from vlscale.systems.protocol import Choices, Progress, StepOutput
 
@@ -179,6 +180,18 @@ def test_what_is_new_starts_from_the_weights_and_a_resumed_run_from_its_own(
     assert finetune("snli-ve", *still, "--resume", "auto") == 0
     assert f"weights of {base}" not in capsys.readouterr().out
     assert (tmp_path / "a" / layout.ORIGIN).read_text() == "{}", "it still began where it began"
+
+
+def test_from_scratch_no_weight_is_read(finetune: Finetune, base: Path, tmp_path: Path, capsys: Any) -> None:
+    still = [word for key in ("lr=1e-12", "warmup_lr=0", "min_lr=0") for word in ("--set", f"train.{key}")]
+    assert finetune("snli-ve", *still, "--set", "task.from_scratch=true", "--out", tmp_path / "a") == 0
+    tuned = read_tensors(tmp_path / "a" / "checkpoints" / "step-00000004" / layout.MODEL)
+    before = read_tensors(base / "checkpoints" / "step-00000003" / layout.MODEL)
+    assert not torch.allclose(tuned["system.image.weight"], before["image.weight"], atol=1e-3)
+    assert f"tokenizer alone of {base}" in capsys.readouterr().out
+    told = learned(tmp_path / "a", load_recipe(str(tmp_path / "a" / layout.RECIPE)), 4)
+    assert (told["trained_on"], told["samples_seen"]) == ("nothing (task.from_scratch)", 0)
+    assert told["tuned_on"]["from"] is None
 
 
 def test_pairs_have_data_of_their_own(finetune: Finetune, tmp_path: Path) -> None:

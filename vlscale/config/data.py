@@ -158,6 +158,8 @@ class Data(Section):
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     augment: Augmentation = Field(default_factory=Augmentation)
+    blind: bool = False
+    """Show no image: each is of the mean colour, regions and tags are taken away. How far words alone come."""
     tokenizer: Tokenizer = Field(default_factory=Tokenizer)
     workers: NonNegativeInt = 2
     """Loader processes per rank; 0 loads in the training process. The order does not depend on it."""

@@ -26,6 +26,9 @@ class _Task(Section):
     """Factor of the learning rate per layer downwards; 1 trains all layers alike."""
     best: str
     """Metric of the validation split by which the best epoch is kept."""
+    from_scratch: bool = False
+    """Leave the weights of the pre-trained run unread, its tokenizer and vocabularies taken: what pre-training is worth
+    shows in the difference."""
 
 
 class _Headed(_Task):

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vlscale.config import Aspect, Augmentation, Data
 from vlscale.data.augment import rand_augment
+from vlscale.data.blind import hide_images
 from vlscale.data.sample import Batch, ImageFile, TarMember
 
 MAX_PIXELS = 89_478_485
@@ -240,16 +241,17 @@ def fitted_shape(width: int, height: int, aspect: Aspect) -> tuple[int, int]:
 def normalize_batch(batch: Batch, data: Data) -> Batch:
     """The batch with images and second images normalised, on their device; padding is exactly 0, the mean colour.
 
-    Padding is what lies right of and below `image_sizes`.
+    Padding is what lies right of and below `image_sizes`. With `data.blind` nothing of any image is left.
     """
     images = _normalized(batch.images, batch.image_sizes, data)
     second = batch.second_images
-    return replace(
+    normalized = replace(
         batch,
         images=images,
         second_images=None if second is None else _normalized(second, batch.image_sizes, data),
         right=None if batch.right is None else normalize_batch(batch.right, data),
     )
+    return hide_images(normalized) if data.blind else normalized
 
 
 def _normalized(images: Tensor, sizes: Tensor | None, data: Data) -> Tensor:

@@ -140,9 +140,11 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
     answers = start.own_answers(recipe, samples, out, origin)
     system = build_system(recipe, vocabulary_of(tokenizer, section, answers))
     if origin.weights is not None:
-        start_from(system, origin.weights / layout.MODEL)
-        distributed.on_main(partial(note_origin, out, origin.weights))
-        say(f"weights of {origin.weights}")
+        scratch = recipe.task is not None and recipe.task.from_scratch
+        if not scratch:
+            start_from(system, origin.weights / layout.MODEL)
+        distributed.on_main(partial(note_origin, out, origin.weights, scratch))
+        say(f"{'tokenizer alone' if scratch else 'weights'} of {origin.weights}")
     system.to(device).train()
     system.place(device)  # type: ignore[operator]
     engine = build.build_engine(system, config, choice, recipe.train, recipe.task)

@@ -9,13 +9,21 @@ from typing import Any
 from vlscale.config import Recipe, load_recipe
 from vlscale.interop import layout
 
+_NOTHING = {"trained_on": "nothing (task.from_scratch)", "samples_seen": 0, "tuned_on": None}
 
-def note_origin(run: Path, weights: Path) -> None:
-    """Write into a run's folder which checkpoint it began with, and what that one had learned."""
+
+def note_origin(run: Path, weights: Path, from_scratch: bool = False) -> None:
+    """Write into a run's folder which checkpoint it began with, and what that one had learned.
+
+    Args:
+        weights: the checkpoint.
+        from_scratch: nothing but its tokenizer and vocabularies was taken.
+    """
     before, weights = weights.resolve().parent.parent, weights.resolve()
     recipe, step = load_recipe(str(before / layout.RECIPE)), layout.step_of(weights) or 0
-    told = {"checkpoint": str(weights), "recipe": recipe.name, "step": step, **learned(before, recipe, step)}
-    layout.write_json(run / layout.ORIGIN, told)
+    told = _NOTHING if from_scratch else learned(before, recipe, step)
+    begun = {"tokenizer_of" if from_scratch else "checkpoint": str(weights), "recipe": recipe.name, "step": step}
+    layout.write_json(run / layout.ORIGIN, begun | told)
 
 
 def learned(run: Path, recipe: Recipe, step: int) -> dict[str, Any]:

@@ -53,7 +53,9 @@ def max_tokens(data: Data) -> int:
 
 def resolution(data: Data) -> int | str:
     """Side of the square input in pixels, or how inputs that keep their aspect ratio are resized and padded, or what
-    is read in place of pixels."""
+    is read in place of pixels, or that nothing is."""
+    if data.blind:
+        return "images hidden (data.blind)"
     if data.concepts is not None:
         side = data.concepts.pixels
         own = "" if side is None else f", of images without any the own boxes at {side} × {side} pixels"
