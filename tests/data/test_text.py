@@ -124,6 +124,16 @@ def test_a_small_vocabulary_splits_words_and_a_tiny_one_is_refused() -> None:
         build_tokenizer(Tokenizer(), [" ", "..."])
 
 
+def test_the_same_vocabulary_cuts_texts_elsewhere() -> None:
+    tokenizer = make_tokenizer(SAMPLES, vocab_size=60)
+    options = tokenizer.options.model_copy(update={"max_tokens": 4, "sep": True})
+    cut = tokenizer.cut_as(options)
+    whole, (short,) = tokenizer.encode([SAMPLES[0].captions[0]])[0][0], cut.encode([SAMPLES[0].captions[0]])[0]
+    assert short.tolist() == [*whole[:3].tolist(), cut.vocabulary.sep]
+    with pytest.raises(UserError, match=r"data\.tokenizer\.vocab_size: 61, but the run that this begins with has 60"):
+        tokenizer.cut_as(options.model_copy(update={"vocab_size": 61}))
+
+
 def test_rare_characters_give_way(tmp_path: Path) -> None:
     chinese = [chr(0x4E00 + i) for i in range(500)]
     tokenizer = build_tokenizer(Tokenizer(vocab_size=300), [*chinese, *["dog cat"] * 5])

@@ -17,6 +17,7 @@ from tests.tasks.classified_data import LABELS, write_data, write_pairs
 from vlscale.cli.main import main
 from vlscale.config import Recipe, load_recipe, tuning
 from vlscale.data.sample import Batch, Vocabulary
+from vlscale.data.text import TextTokenizer
 from vlscale.engine import loop
 from vlscale.engine.loop import RunResult
 from vlscale.interop import layout, run
@@ -184,9 +185,12 @@ def test_what_is_new_starts_from_the_weights_and_a_resumed_run_from_its_own(
 
 def test_from_scratch_no_weight_is_read(finetune: Finetune, base: Path, tmp_path: Path, capsys: Any) -> None:
     still = [word for key in ("lr=1e-12", "warmup_lr=0", "min_lr=0") for word in ("--set", f"train.{key}")]
-    assert finetune("snli-ve", *still, "--set", "task.from_scratch=true", "--out", tmp_path / "a") == 0
+    longer = TextTokenizer.load(base / layout.TOKENIZER).max_tokens + 3
+    still += ["--set", "task.from_scratch=true", "--set", f"data.tokenizer.max_tokens={longer}"]
+    assert finetune("snli-ve", *still, "--out", tmp_path / "a") == 0
     tuned = read_tensors(tmp_path / "a" / "checkpoints" / "step-00000004" / layout.MODEL)
     before = read_tensors(base / "checkpoints" / "step-00000003" / layout.MODEL)
+    assert TextTokenizer.load(tmp_path / "a" / layout.TOKENIZER).max_tokens == longer
     assert not torch.allclose(tuned["system.image.weight"], before["image.weight"], atol=1e-3)
     assert f"tokenizer alone of {base}" in capsys.readouterr().out
     told = learned(tmp_path / "a", load_recipe(str(tmp_path / "a" / layout.RECIPE)), 4)

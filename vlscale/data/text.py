@@ -75,6 +75,18 @@ class TextTokenizer:
         """Tokens of the longest text, [CLS] included."""
         return self.options.max_tokens
 
+    def cut_as(self, options: Tokenizer) -> TextTokenizer:
+        """The same vocabulary for texts of another length, with or without [SEP].
+
+        Raises:
+            UserError: the options are those of another vocabulary.
+        """
+        for key in ("name", "vocab_size"):
+            own, asked = getattr(self.options, key), getattr(options, key)
+            if own != asked:
+                raise UserError(f"data.tokenizer.{key}: {asked}, but the run that this begins with has {own}: keep it")
+        return TextTokenizer(self._backend, options, self.vocabulary)
+
     def encode(self, texts: Sequence[str], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
         """Cleaned, cut and padded texts: ids and mask, both [B, L] int64; L is `pad_to` or the longest length."""
         cleaned = [clean_caption(text, self.options.max_words) for text in texts]
