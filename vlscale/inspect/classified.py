@@ -54,7 +54,7 @@ def draw_classified(result: Path, predictions: Path, examples: Sequence[Sample],
     content = json.loads(result.read_text(encoding="utf-8"))
     with predictions.open(encoding="utf-8") as lines:
         read = [one for one in map(json.loads, lines) if one["predicted"] is not None]
-    folder = page_folder(result)
+    folder = page_folder(result, PAGE)
     with replaced(folder, PAGE) as new:
         parts = [*_numbers(content), LEGEND]
         unread: list[str] = []

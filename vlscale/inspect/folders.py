@@ -12,10 +12,10 @@ from vlscale.errors import UserError
 from vlscale.interop import layout
 
 
-def page_folder(result: Path) -> Path:
-    """Folder of a result file's page: its name without the ending; where a run has that name, with `.page`."""
+def page_folder(result: Path, mark: str) -> Path:
+    """Folder of a result file's page: its name without the ending; where something else has that name, with `.page`."""
     folder = result.with_suffix("")
-    return result.with_suffix(".page") if layout.holds_run(folder) else folder
+    return folder if _may_be_replaced(folder, mark) else result.with_suffix(".page")
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def replaced(folder: Path, mark: str) -> Iterator[Path]:
     Raises:
         UserError: `folder` holds something else.
     """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / mark).is_file())):
+    if not _may_be_replaced(folder, mark):
         raise UserError(f"{folder}: holds something else than such a page (no {mark} in it); give --out a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
@@ -41,3 +41,10 @@ def replaced(folder: Path, mark: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _may_be_replaced(folder: Path, mark: str) -> bool:
+    """Whether there is nothing, an empty folder, or one with the mark that is no run."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and (not any(folder.iterdir()) or (folder / mark).is_file()) and not layout.holds_run(folder)

@@ -68,7 +68,7 @@ def draw_grounding(result: Path, predictions: Path, samples: Sequence[Sample], c
         UserError: the folder holds something else.
     """
     content = json.loads(result.read_text(encoding="utf-8"))
-    folder = page_folder(result)
+    folder = page_folder(result, PAGE)
     with replaced(folder, PAGE) as new:
         parts = _parts(content, _chosen(_captions(predictions), count), samples, new)
         write_text(new / PAGE, document(f"{content['protocol']['recipe']}: phrase grounding", parts))

@@ -57,7 +57,7 @@ def draw_retrieval(result: Path, predictions: Path, samples: Sequence[Sample], c
     content = json.loads(result.read_text(encoding="utf-8"))
     with predictions.open(encoding="utf-8") as lines:
         queries = [json.loads(line) for line in lines]
-    folder = page_folder(result)
+    folder = page_folder(result, PAGE)
     with replaced(folder, PAGE) as new:
         parts, unread = [*_numbers(content), LEGEND], list[str]()
         for way, title in WAYS.items():
