@@ -13,6 +13,12 @@ from vlscale.interop import layout
 PAGE = "index.html"
 
 
+def write_page(folder: Path, text: str) -> None:
+    with replaced(folder, PAGE) as new:
+        (new / PAGE).write_text("begun")
+        (new / PAGE).write_text(text, encoding="utf-8")
+
+
 def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     own = tmp_path / "result"
@@ -30,9 +36,7 @@ def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(tmp_path: Path) ->
 
 
 def test_what_went_wrong_leaves_the_old_page(tmp_path: Path) -> None:
-    with replaced(tmp_path / "page", PAGE) as new:
-        (new / PAGE).write_text("old")
-    with pytest.raises(RuntimeError), replaced(tmp_path / "page", PAGE) as new:
-        (new / PAGE).write_text("new")
-        raise RuntimeError
+    write_page(tmp_path / "page", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_page(tmp_path / "page", "new\ud800")
     assert [(path.name, (path / PAGE).read_text()) for path in tmp_path.iterdir()] == [("page", "old")]
