@@ -40,6 +40,7 @@ class ToySystem(nn.Module):
         self.average = self.image.weight.detach().clone()
         self.pushed = torch.zeros(())
         self.dropout = 0.1
+        self.noise = 0.01
         self.revive_rows: Tensor | None = None
         self.poison: dict[int, float] = {}
         """Value added to `itc` at a step (counted from 0)."""
@@ -53,7 +54,7 @@ class ToySystem(nn.Module):
         image = F.normalize(self.norm(F.dropout(self.image(pixels), self.dropout)).float(), dim=-1)
         words = self.text(batch.input_ids) * batch.attention_mask.unsqueeze(-1)
         text = F.normalize(words.sum(1).float(), dim=-1)
-        noise = torch.randn(image.shape, generator=progress.generator).to(image) * 0.01
+        noise = torch.randn(image.shape, generator=progress.generator).to(image) * self.noise
         logits = (image + noise) @ gather_with_grad(text).T / self.temperature
         own = torch.arange(len(batch), device=logits.device) + _first_row(len(batch))
         losses = {"itc": F.cross_entropy(logits, own) + self.poison.get(progress.step, 0.0)}

@@ -25,6 +25,11 @@ from vlscale.engine.schedule import BatchPlan
 from vlscale.errors import UserError
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_BROKEN = {
+    "round_robin_gradients": "DeepSpeed looks for fp32 weights in the wrong place then, checkpoints would be wrong",
+    "elastic_checkpoint": "DeepSpeed can't resume from what it saves then",
+}
+"""Switches of ZeRO that don't work with DeepSpeed 0.19 and an optimizer of torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +101,13 @@ def complete(choice: Choice, plan: BatchPlan, train: Train) -> dict[str, Any]:
     """The configuration with batch sizes and clipping from the recipe.
 
     Raises:
-        UserError: the file says otherwise than the recipe, or asks for a ZeRO stage that doesn't work here.
+        UserError: the file says otherwise than the recipe, or asks for something of ZeRO that doesn't work here.
     """
     config: dict[str, Any] = json.loads(json.dumps(choice.config))
     for section in ("optimizer", "scheduler"):
         if _says_something(config.pop(section, None)):
             raise UserError(f"{choice.name}: {section}: the recipe's train.* keys rule it; remove the section")
-    _check_stage(choice.name, config.setdefault("zero_optimization", {}).setdefault("stage", 2))
+    _check_zero(choice.name, config.setdefault("zero_optimization", {}))
     wanted = dict(zip(_BATCH_KEYS, (plan.global_batch, plan.micro_batch, plan.accumulation), strict=True))
     for key, value in {**wanted, "gradient_clipping": train.clip}.items():
         if config.get(key, "auto") not in ("auto", value):
@@ -200,7 +205,8 @@ def _check_machine(choice: Choice, machine: Machine) -> None:
         raise UserError(f"--ds-config {choice.name}: this GPU has no bfloat16: use --ds-config {alternative}")
 
 
-def _check_stage(name: str, stage: Any) -> None:
+def _check_zero(name: str, zero: dict[str, Any]) -> None:
+    stage = zero.setdefault("stage", 2)
     if stage == 3:
         raise UserError(
             f"{name}: ZeRO stage 3 splits the parameters, and the momentum teacher would average empty shards: "
@@ -208,6 +214,9 @@ def _check_stage(name: str, stage: Any) -> None:
         )
     if stage not in (1, 2):
         raise UserError(f"{name}: ZeRO stage {stage} does not skip steps with non-finite gradients: use stage 1 or 2")
+    for key, reason in _BROKEN.items():
+        if zero.get(key) is True:
+            raise UserError(f"{name}: zero_optimization.{key}: {reason}: remove it")
 
 
 def _shipped(name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vlscale import __version__, distributed
 from vlscale.config import Recipe
+from vlscale.engine import worlds
 from vlscale.engine.writer import EngineWriter
 from vlscale.errors import UserError
 from vlscale.interop import layout
@@ -91,11 +92,17 @@ def consolidated(system: nn.Module) -> dict[str, Tensor]:
 def load(engine: Any, system: nn.Module, checkpoint: Path) -> None:
     """Put engine, system and carried state back to where the checkpoint left them; collective.
 
+    The same number of ranks goes on to the bit, by DeepSpeed alone; for another one the optimizer state is cut anew.
+
     DeepSpeed unpickles its own files: resume from checkpoints that you trust. (`load_run` reads safetensors only.)
     """
-    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    saved_by = read_state(checkpoint).world_size
+    same = saved_by == distributed.world_size()
+    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_optimizer_states=same)
     if path is None:
         raise UserError(f"{checkpoint}: DeepSpeed found nothing to load in it; remove the folder to use an older one")
+    if not same:
+        worlds.load_optimizer(engine.optimizer, checkpoint, saved_by)
     system.load_carried_state(read_tensors(checkpoint / layout.CARRIED))  # type: ignore[operator]
     system.place(distributed.device())  # type: ignore[operator]
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def find_origin(
 
     Raises:
         UserError: there is nothing to resume from at the given path, or the checkpoint was made by another recipe,
-            precision, data or number of ranks.
+            precision or data.
     """
     return distributed.on_main(lambda: _find_origin(recipe, choice, out, resume, data, say))
 
@@ -104,7 +103,7 @@ def make_tokenizer(recipe: Recipe, samples: Sequence[Sample], out: Path, origin:
         if origin.run is not None:
             source = origin.run / layout.TOKENIZER
             if source.resolve() != folder.resolve():
-                shutil.copytree(source, folder, dirs_exist_ok=True)
+                TextTokenizer.load(source).cut_as(recipe.data.tokenizer).save(folder)
             return
         captions = (caption for sample in as_corpus(samples).readable() for caption in sample.captions)
         build_tokenizer(recipe.data.tokenizer, captions).save(folder)
@@ -188,8 +187,12 @@ def _find_origin(
     if chosen is not None:
         state = checkpoint.read_state(chosen)
         _check_fits(recipe, choice, chosen, state, data)
-        origin = Origin(chosen, state.step, state)
         say(f"going on from {chosen}, after step {state.step}")
+        world = distributed.world_size()
+        if state.world_size != world:
+            say(f"the run had {_ranks(state.world_size)}, now {world}: going on; random draws differ from here")
+        now = replace(state, world_size=world, recipe_hash=checkpoint.recipe_hash(recipe))
+        origin = Origin(chosen, state.step, now)
     elif resume == "auto":
         say(f"{out}: nothing to resume, starting anew")
     out.mkdir(parents=True, exist_ok=True)
@@ -221,25 +224,32 @@ def _resume_point(out: Path, resume: str | None, say: Callable[[str], Any]) -> P
 
 
 def _check_fits(recipe: Recipe, choice: Choice, chosen: Path, state: State, data: str) -> None:
-    run = chosen.parent.parent
-    checkpoint.require_same(recipe, load_recipe(str(run / layout.RECIPE)), run / layout.RECIPE)
+    if state.recipe_hash != checkpoint.recipe_hash(recipe):
+        _check_recipe(recipe, chosen.parent.parent / layout.RECIPE, state)
     if state.data and state.data != data:
         before, now = state.data.partition("-")[0], data.partition("-")[0]
         raise UserError(
             f"{chosen}: was trained on other data: {before} samples then, {now} now, or other shards or weights; "
             "give the data that the run was started with, or start a new run"
         )
-    world = distributed.world_size()
-    if state.world_size != world:
-        raise UserError(
-            f"{chosen}: was saved by {state.world_size} ranks, this run has {world}: "
-            f"resuming on another number of ranks is not supported yet, start {state.world_size}"
-        )
     if state.precision != choice.precision:
         raise UserError(
             f"{chosen}: was trained in {state.precision}, --ds-config {choice.name} means {choice.precision}: "
             "pass the --ds-config that the run was started with"
         )
+
+
+def _check_recipe(recipe: Recipe, source: Path, state: State) -> None:
+    previous = load_recipe(str(source))
+    if state.world_size != distributed.world_size():
+        # Losses compare the images of a pass over all ranks: to keep their number, a rank's share must change.
+        train = previous.train.model_copy(update={"micro_batch": recipe.train.micro_batch})
+        previous = previous.model_copy(update={"train": train})
+    checkpoint.require_same(recipe, previous, source)
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 def _absolute(path: str | None) -> str | None:
