@@ -11,7 +11,7 @@ import typer
 
 from vlscale import __version__
 
-from . import ablate, bench, compare, data, errors, finetune, first_run, inspect, launch, pretrain
+from . import ablate, bench, compare, data, doctor, errors, finetune, first_run, inspect, launch, pretrain
 from . import eval as evaluation
 
 app = typer.Typer(
@@ -36,6 +36,9 @@ app.command("codebook-inspect", short_help="What each codeword stands for, as a 
 app.add_typer(inspect.app, name="inspect")
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
+app.command("doctor", short_help="What would go wrong with a training on this machine, and how to put it right.")(
+    doctor.doctor
+)
 app.command("first-run", short_help="From rendering the data to the pictures, ending with one table.")(
     first_run.first_run
 )
