@@ -13,7 +13,7 @@ RUN ?= runs/first-run
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install test test-slow test-slurm lint format pretrain
+.PHONY: install test test-slow test-slurm slurm-installed lint format pretrain
 
 install: $(STAMP)
 
@@ -31,9 +31,15 @@ test: install lint
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not slurm'
 
-# Needs root and Debian's packages slurm-wlm and munge; starts a cluster of its own and stops it again.
-test-slurm: install
+# Starts a cluster of its own, as root, and stops it again; installs Slurm where Debian's packages are at hand.
+test-slurm: install slurm-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
+
+slurm-installed:
+	@PATH="$$PATH:/usr/sbin"; command -v slurmctld slurmd srun munged >/dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null || { \
+			echo "the tests of slurm/ need root and Debian's packages slurm-wlm and munge" >&2; exit 2; }; \
+		apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; }
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
+from vlscale.engine.signals import EXIT_CODES
 from vlscale.errors import UserError
 
 from . import errors, launch, terminal
@@ -43,6 +45,9 @@ PROMPT = "$"
 """Begins the line of the log that names a command."""
 SIGNAL_SECONDS = 1.0
 """Who signals a whole process group reaches us just after our children."""
+STOP_SECONDS = 120.0
+"""How long a run may take to finish its step and save when this command is ended."""
+TABLE_LOCK = "table.lock"
 
 
 def ablate(
@@ -50,6 +55,10 @@ def ablate(
     rows: Annotated[str, typer.Option(metavar="FILE", help="Named rows of overrides: a YAML file, or a shipped name.")],
     seeds: Annotated[int, typer.Option(help="Runs per row: the recipe's train.seed, and the ones after it.")] = 3,
     only: Annotated[list[int] | None, typer.Option(metavar="N", help="Run row N alone; repeatable.")] = None,
+    task: Annotated[
+        int | None, typer.Option(metavar="I", help="Of these runs the I-th alone, from 1: for a job array.")
+    ] = None,
+    list_runs: Annotated[bool, typer.Option("--list", help="Print the runs, a line each, and run nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of all runs; default: runs/<recipe>-<rows>.")] = None,
     data: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Data of all rows; default: the embedded scenes.")
@@ -77,7 +86,11 @@ def ablate(
 
     file = ablation.read_rows(rows, recipe)
     plan = ablation.make_plan(file, recipe, overrides_of(overrides, data, image_root), seeds, out)
-    chosen = plan.runs(ablation.choose(file, only or []))
+    chosen = _chosen(plan.runs(ablation.choose(file, only or [])), task)
+    if list_runs:
+        for run in chosen:
+            print(f"{_name(plan, run)}: {run.folder}{', finished' if run.finished else ''}")
+        return
     ablation_table.collect(plan)  # a folder that does not fit is found before anything runs
     waiting = [run for run in chosen if not run.finished]
     print(f"{plan.out}: {len(waiting)} of {len(chosen)} runs to do", flush=True)
@@ -86,6 +99,14 @@ def ablate(
     run_jobs(work, jobs, partial(_finish, plan))
     _update(plan, show=not (work and sys.stdout.isatty()))  # else it is on the screen already
     print(plan.out / ablation_table.MARKDOWN_NAME)
+
+
+def _chosen(runs: list[Run], task: int | None) -> list[Run]:
+    if task is None:
+        return runs
+    if not 1 <= task <= len(runs):
+        raise UserError(f"--task {task}: there are runs 1 to {len(runs)}, see --list")
+    return [runs[task - 1]]
 
 
 def _finish(plan: Plan, job: Job) -> None:
@@ -101,8 +122,12 @@ def _update(plan: Plan, show: bool) -> None:
     """Write the table of all that is there, and show it."""
     from vlscale.engine import ablation_table
 
-    outcomes = ablation_table.collect(plan)
-    ablation_table.write(plan, outcomes)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    with (plan.out / TABLE_LOCK).open("w") as lock:
+        # Of tasks of an array that finish together, the last to write has seen what all did.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcomes = ablation_table.collect(plan)
+        ablation_table.write(plan, outcomes)
     if show:
         terminal.print_rich(ablation_table.as_table(plan, outcomes))
 
@@ -160,11 +185,11 @@ class Job:
 
 
 def run_jobs(work: Sequence[Job], at_a_time: int, done: Callable[[Job], None]) -> None:
-    """Run the jobs, some at a time, and call `done` after each; whatever ends this ends the processes.
+    """Run the jobs, some at a time, and call `done` after each; whatever ends this ends the processes, which save.
 
     Raises:
         UserError: a process stopped on bad input, or another one is at a run.
-        typer.Exit: a process failed (code 1), or SIGTERM came (143).
+        typer.Exit: a process failed (code 1), or SIGTERM (143) or SIGUSR1 (85) came.
         KeyboardInterrupt: SIGINT came.
     """
     waiting, active = deque(work), list[Job]()
@@ -182,7 +207,7 @@ def run_jobs(work: Sequence[Job], at_a_time: int, done: Callable[[Job], None]) -
                 _stop_if_told(received)
                 time.sleep(launch.POLL_SECONDS)
         finally:
-            launch.end([job.process for job in active if job.process is not None])
+            launch.end([job.process for job in active if job.process is not None], STOP_SECONDS)
             for job in active:
                 job.close()
 
@@ -195,7 +220,7 @@ def _ended(job: Job, received: list[int]) -> bool:
         return False
     if code == 0:
         return not job.next_command()
-    if code < 0 or code > 128:
+    if code < 0 or code > 128 or code in launch.STOPPED:
         time.sleep(SIGNAL_SECONDS)
     _stop_if_told(received)
     line = f"{job.name} failed: {_reason(job.run.log, code)}; see {job.run.log}"
@@ -216,13 +241,13 @@ def _reason(log: Path, code: int) -> str:
 
 @contextmanager
 def _received_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted while the block runs, so that nothing is cut off in the middle."""
+    """SIGINT, SIGTERM and SIGUSR1 are noted while the block runs, so that nothing is cut off in the middle."""
     received: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, remember) for number in launch.FORWARDED}
     try:
         yield received
     finally:
@@ -235,7 +260,7 @@ def _stop_if_told(received: list[int]) -> None:
         return
     if received[0] == signal.SIGINT:
         raise KeyboardInterrupt
-    raise typer.Exit(128 + received[0])
+    raise typer.Exit(EXIT_CODES[signal.Signals(received[0])])
 
 
 def _name(plan: Plan, run: Run) -> str:

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from . import launch, options
-from .pretrain import describe, overrides_of
+from vlscale.engine import signals
+
+from . import launch, meeting, options
+from .pretrain import describe, leave_if_stopped, overrides_of
 
 
 def finetune(
@@ -33,6 +35,10 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<name of the run>-<task>.")] = None,
     ds_config: options.DsConfig = "auto",
     nproc: options.Nproc = None,
+    nnodes: options.Nnodes = None,
+    node_rank: options.NodeRank = None,
+    rdzv: options.Rdzv = None,
+    rdzv_timeout: options.RdzvTimeout = 300.0,
     threads: options.RankThreads = None,
     resume: options.Resume = None,
     dry_run: options.DryRun = False,
@@ -48,28 +54,31 @@ def finetune(
     if data is not None and image_root is None:
         overrides = ["data.image_root=null", *(overrides or [])]  # the run's own belongs to the run's own data
     resolved = tuning_recipe(base, task, recipe, overrides_of(overrides, data, image_root))
-    world = launch.world_size(nproc)
+    nodes = meeting.nodes(nnodes, node_rank, rdzv, rdzv_timeout)
+    world = launch.world_size(nproc, nodes.count)
     if dry_run:
         describe(resolved, ds_config, world, threads)
         return
-    threads = launch.become_rank(world, threads)
+    threads = launch.become_rank(world, threads, nodes)
     if threads is None:
         return
-    from vlscale import distributed
-    from vlscale.engine.loop import pretrain
-    from vlscale.tasks.validation import make_validation
+    with signals.heeded():
+        from vlscale import distributed
+        from vlscale.engine.loop import pretrain
+        from vlscale.tasks.validation import make_validation
 
-    distributed.init_from_environment()
-    validation = make_validation(resolved, print if launch.rank() == 0 else lambda line: None)
-    result = pretrain(
-        resolved,
-        ds_config=ds_config,
-        out=out or Path("runs") / f"{folder.resolve().name}-{task}",
-        resume=resume,
-        threads=threads,
-        weights=checkpoint.resolve(),
-        on_epoch=None if validation is None else lambda run: validation(run.system, run.out),
-    )
+        distributed.init_from_environment()
+        validation = make_validation(resolved, print if launch.rank() == 0 else lambda line: None)
+        result = pretrain(
+            resolved,
+            ds_config=ds_config,
+            out=out or Path("runs") / f"{folder.resolve().name}-{task}",
+            resume=resume,
+            threads=threads,
+            weights=checkpoint.resolve(),
+            on_epoch=None if validation is None else lambda run: validation(run.system, run.out),
+        )
+    leave_if_stopped(result)
     if launch.rank() == 0:
         best = layout.best_checkpoint(result.out)
         print(f"{result.out}: {result.step} steps done, {result.seconds:.0f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -13,13 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from vlscale.engine.signals import EXIT_CODES
 from vlscale.errors import UserError
+
+from .meeting import ONE, Meeting, Nodes
 
 POLL_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1
 """Of Linux' prctl."""
 TERMINATE_SECONDS = 15.0
 """How long a rank may take to end after SIGTERM before it is killed."""
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPED = tuple(EXIT_CODES.values())
+"""Exit codes of a rank that a signal told to save and end."""
+GOOD = (0, *STOPPED)
 
 
 def joined() -> bool:
@@ -34,8 +42,8 @@ def rank() -> int:
     return int(os.environ["SLURM_PROCID"]) if _in_slurm_step() else 0
 
 
-def world_size(nproc: int | None) -> int:
-    """Number of ranks: what the launcher says, else `--nproc`, else one per GPU, else one.
+def world_size(nproc: int | None, machines: int = 1) -> int:
+    """Number of ranks: what the launcher says, else on each machine `--nproc`, else one per GPU, else one.
 
     Raises:
         UserError: `--nproc` contradicts the launcher or is not positive.
@@ -43,9 +51,9 @@ def world_size(nproc: int | None) -> int:
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc {nproc}: expected at least one rank")
     if not joined():
-        return nproc or max(1, count_gpus())
+        return machines * (nproc or max(1, count_gpus()))
     found = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    if nproc is not None and nproc != found:
+    if nproc is not None and nproc * machines != found:
         raise UserError(f"--nproc {nproc}: the launcher already started {found} ranks; leave --nproc out")
     return found
 
@@ -100,14 +108,14 @@ def settle(world: int) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
 
 
-def become_rank(world: int, threads: int | None) -> int | None:
+def become_rank(world: int, threads: int | None, nodes: Nodes = ONE) -> int | None:
     """Make this process one of `world` ranks and give its threads; must run before torch is imported.
 
-    Where no launcher started the ranks they are started here, with this process's own arguments, and waited for; then
-    there is nothing left to do, and the result is None.
+    Where no launcher started the ranks, this machine's are started here, with this process's own arguments, and waited
+    for; then there is nothing left to do, and the result is None.
     """
     if world > 1 and not joined():
-        code = start_ranks(sys.argv[1:], world)
+        code = start_ranks(sys.argv[1:], world, nodes)
         if code:
             sys.exit(code)
         return None
@@ -125,30 +133,40 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_ranks(arguments: Sequence[str], world: int) -> int:
-    """Start `vlscale ARGUMENTS` as `world` ranks on this machine and wait for them.
+def start_ranks(arguments: Sequence[str], world: int, nodes: Nodes = ONE) -> int:
+    """Start this machine's share of `world` ranks of `vlscale ARGUMENTS` and wait for them.
 
-    When a rank fails the others are ended; SIGTERM and SIGINT reach every rank. Returns the exit code: 0, or that of
-    the rank that failed first (128 + signal number where a signal ended it).
+    When a rank fails, here or elsewhere, the others are ended; SIGTERM, SIGINT and SIGUSR1 reach every rank. Returns
+    the exit code: 0, that of ranks that all saved and ended on a signal, or that of the rank that failed first (128 +
+    signal number where a signal ended it).
+
+    Raises:
+        UserError: a machine did not come, or they contradict each other.
     """
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    shared["LOCAL_WORLD_SIZE"] = str(world)
+    local = world // nodes.count
+    meeting = Meeting(nodes, local)
+    shared = {"MASTER_ADDR": nodes.host, "MASTER_PORT": str(nodes.port or free_port()), "WORLD_SIZE": str(world)}
+    shared["LOCAL_WORLD_SIZE"] = str(local)
     command = [sys.executable, "-m", "vlscale.cli", *arguments]
     received: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, remember) for number in FORWARDED}
     ranks: list[subprocess.Popen[bytes]] = []
+    code = 1
     try:
-        for index in range(world):
-            environment = {**os.environ, **shared, "RANK": str(index), "LOCAL_RANK": str(index)}
+        for index in range(local):
+            rank = nodes.rank * local + index
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(index)}
             # A session of its own: Ctrl-C reaches the ranks once, through us, not a second time from the terminal.
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent))
-        return _wait(ranks, received)
+        code = _wait(ranks, received, meeting)
+        return code
     finally:
-        end(ranks)
+        meeting.leave(code, good=code in GOOD)
+        end(ranks, seconds=0)  # without the others they can't save any more
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -165,31 +183,48 @@ def end_with_parent() -> None:
         prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]], received: list[int], meeting: Meeting) -> int:
+    patience_ends = math.inf
     while True:
         while received:
             number = received.pop(0)
             for process in ranks:
                 process.send_signal(number)
-        codes = [process.poll() for process in ranks]
-        failed = [(index, code) for index, code in enumerate(codes) if code]
-        if failed:
-            index, code = failed[0]
-            if len(ranks) > 1 and code not in (2, 130):
-                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-                print(f"vlscale: rank {index} of {len(ranks)} {how}; ending the others", file=sys.stderr, flush=True)
-            return 128 - code if code < 0 else code
-        if all(code == 0 for code in codes):
-            return 0
+        codes = [_exit_code(process.poll()) for process in ranks]
+        if all(code in GOOD for code in codes):
+            return max(code for code in codes if code is not None)
+        if any(code in STOPPED for code in codes):  # the others are about to
+            patience_ends = min(patience_ends, time.monotonic() + TERMINATE_SECONDS)
+        fine = (None, *GOOD) if time.monotonic() < patience_ends else (None, 0)
+        for index, code in enumerate(codes):
+            if code is not None and code not in fine:
+                _name_failure(index, len(ranks), code)
+                return code
+        if failure := meeting.failure():
+            print(f"vlscale: {failure[0]}; ending the ranks of this machine", file=sys.stderr, flush=True)
+            return failure[1]
         time.sleep(POLL_SECONDS)
 
 
-def end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """End processes: SIGTERM, and SIGKILL for what is still there after TERMINATE_SECONDS."""
-    alive = [process for process in ranks if process.poll() is None]
+def _exit_code(code: int | None) -> int | None:
+    """Of a process, as a shell counts; one that SIGUSR1 ended before it listened to it had nothing to save either."""
+    if code is None or code >= 0:
+        return code
+    return EXIT_CODES.get(signal.Signals(-code), 128 - code)
+
+
+def _name_failure(index: int, ranks: int, code: int) -> None:
+    if ranks > 1 and code not in (2, 130):
+        how = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"failed with exit code {code}"
+        print(f"vlscale: rank {index} of {ranks} {how}; ending the others", file=sys.stderr, flush=True)
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]], seconds: float = TERMINATE_SECONDS) -> None:
+    """End processes: SIGTERM, and SIGKILL for what is still there after some seconds."""
+    alive = [process for process in processes if process.poll() is None]
     for process in alive:
         process.terminate()
-    deadline = time.monotonic() + TERMINATE_SECONDS
+    deadline = time.monotonic() + seconds
     for process in alive:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))

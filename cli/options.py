@@ -14,6 +14,14 @@ ImageRoot = Annotated[
     Path | None, typer.Option(exists=True, file_okay=False, help="Folder that image paths are relative to.")
 ]
 Nproc = Annotated[int | None, typer.Option(help="Ranks on this machine; default: one per GPU, else one.")]
+Nnodes = Annotated[
+    int | None, typer.Option(metavar="N", help="Machines that train together; start the same command on each.")
+]
+NodeRank = Annotated[int | None, typer.Option(metavar="I", help="Which of the machines this is, from 0.")]
+Rdzv = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Where the machines meet: node 0 and a free port of it.")
+]
+RdzvTimeout = Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for the other machines.")]
 RankThreads = Annotated[int | None, typer.Option(help="CPU threads per rank; default: the cores shared out.")]
 Overrides = Annotated[
     list[str] | None,

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import launch, options, terminal
+from vlscale.engine import signals
+
+from . import launch, meeting, options, terminal
 
 if TYPE_CHECKING:
     from vlscale.config import Recipe
+    from vlscale.engine.loop import RunResult
 
 DEFAULT_RECIPE = "cb_vila_tiny"
 
@@ -28,6 +31,10 @@ def pretrain(
     image_root: options.ImageRoot = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<recipe>.")] = None,
     nproc: options.Nproc = None,
+    nnodes: options.Nnodes = None,
+    node_rank: options.NodeRank = None,
+    rdzv: options.Rdzv = None,
+    rdzv_timeout: options.RdzvTimeout = 300.0,
     threads: options.RankThreads = None,
     overrides: options.Overrides = None,
     resume: options.Resume = None,
@@ -41,19 +48,31 @@ def pretrain(
     from vlscale.config import load_recipe
 
     resolved = load_recipe(recipe, overrides_of(overrides, data, image_root))
-    world = launch.world_size(nproc)
+    nodes = meeting.nodes(nnodes, node_rank, rdzv, rdzv_timeout)
+    world = launch.world_size(nproc, nodes.count)
     if dry_run:
         describe(resolved, ds_config, world, threads)
         return
-    threads = launch.become_rank(world, threads)
+    threads = launch.become_rank(world, threads, nodes)
     if threads is None:
         return
-    from vlscale.engine.stages import pretrain as run
+    with signals.heeded():
+        from vlscale.engine.stages import pretrain as run
 
-    folder = out or Path("runs") / resolved.name
-    result = run(resolved, ds_config=ds_config, out=folder, resume=resume, threads=threads, stage=stage)
+        folder = out or Path("runs") / resolved.name
+        result = run(resolved, ds_config=ds_config, out=folder, resume=resume, threads=threads, stage=stage)
+    leave_if_stopped(result)
     if launch.rank() == 0:
         print(f"{result.out}: {result.step} steps done, {result.seconds:.0f} s")
+
+
+def leave_if_stopped(result: RunResult) -> None:
+    """End with the exit code that tells a launcher to start again, if a signal ended the run before its end."""
+    if result.stopped is None or result.finished:
+        return
+    if launch.rank() == 0:
+        print(f"{result.out}: ended by {result.stopped.name}, saved at step {result.step}; go on with --resume auto")
+    raise typer.Exit(signals.EXIT_CODES[result.stopped])
 
 
 def overrides_of(pairs: list[str] | None, data: str | None, image_root: Path | None) -> list[str]:

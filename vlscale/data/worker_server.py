@@ -2,7 +2,8 @@
 
 import signal
 
-import vlscale.data.stream  # noqa: F401
-
-# Slurm's warning before the end of a job goes to every process of the step, and would end those that don't handle it.
+# Slurm signals every process of a step: the training process decides when its workers end, after its checkpoint.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+import vlscale.data.stream  # noqa: E402, F401

@@ -25,7 +25,12 @@ def context() -> Any:
 def warm_up() -> None:
     """Start the server in the background; it takes seconds to import torch."""
     context()
-    forkserver.ensure_running()
+    # Blocked for the server and its helper from their start: later they ignore it, or it stays blocked.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_worker(_: int) -> None:

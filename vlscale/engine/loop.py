@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +25,7 @@ from vlscale.data.order import layout_of
 from vlscale.data.sample import Batch
 from vlscale.data.stream import Stream
 from vlscale.data.targets import make_targets
-from vlscale.engine import best, build, checkpoint, start
+from vlscale.engine import best, build, checkpoint, signals, start
 from vlscale.engine.monitor import Monitor
 from vlscale.engine.optim import has_backbone, set_learning_rate
 from vlscale.engine.schedule import BatchPlan, batch_plan, draw_seed, learning_rate, total_steps
@@ -44,11 +46,13 @@ class RunResult:
     out: Path
     step: int
     finished: bool
-    """False when `stop_after` ended it before its last step."""
+    """False when `stop_after` or a signal ended it before its last step."""
     checkpoint: Path | None
     metrics: dict[str, float | int]
     """The last step's row of metrics.jsonl; empty when there was nothing left to train."""
     seconds: float
+    stopped: signal.Signals | None = None
+    """The signal that ended it, after a checkpoint."""
 
 
 @dataclass(slots=True)
@@ -68,6 +72,8 @@ class Run:
     newest: Path | None
     """Newest checkpoint: the one that the run went on from, then the last one saved."""
     writer: EngineWriter = field(default_factory=EngineWriter)
+    stop: signal.Signals | None = None
+    """Signal that came to a rank: the step just done is the last one. The same on every rank."""
 
     def progress(self, generator: torch.Generator | None) -> Progress:
         """The schedule as the system sees it in the step that follows `state.step` finished ones."""
@@ -113,7 +119,7 @@ def pretrain(
     last = run.total_steps if stop_after is None else min(stop_after, run.total_steps)
     row = _train(run, last, on_epoch)
     finished, seconds = run.state.step >= run.total_steps, time.monotonic() - started
-    return RunResult(run.out, run.state.step, finished, run.newest, row, seconds)
+    return RunResult(run.out, run.state.step, finished, run.newest, row, seconds, run.stop)
 
 
 def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threads: int, weights: Path | None) -> Run:
@@ -187,22 +193,28 @@ def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threa
 
 
 def _train(run: Run, last: int, on_epoch: OnEpoch | None = None) -> dict[str, float | int]:
-    """Steps up to `last`, saving on the way; returns the last row of the metrics."""
+    """Steps up to `last`, or to a signal, saving on the way; returns the last row of the metrics."""
     row: dict[str, float | int] = {}
     batches = iter(run.stream)
+    distributed.barrier()  # one rank alone would wait for a step's end that never comes
     try:
-        while run.state.step < last:
-            row = train_step(run, batches)
-            judged = on_epoch is not None and _ends_epoch(run)
-            if run.state.step % run.recipe.checkpoint.every == 0 or run.state.step == last or judged:
-                keep = run.recipe.checkpoint.keep
-                run.newest = checkpoint.save(run.engine, run.system, run.out, run.state, keep)
-            if on_epoch is not None and judged:
+        with signals.training():
+            if on_epoch is not None and run.state.step > 0 and _ends_epoch(run) and not _is_judged(run):
                 _judge(run, on_epoch)
+            while run.state.step < last and run.stop is None:
+                row = train_step(run, batches)
+                judged = on_epoch is not None and _ends_epoch(run)
+                ends = run.state.step == last or run.stop is not None
+                if run.state.step % run.recipe.checkpoint.every == 0 or ends or judged:
+                    keep = run.recipe.checkpoint.keep
+                    run.newest = checkpoint.save(run.engine, run.system, run.out, run.state, keep)
+                if on_epoch is not None and judged and run.stop is None:  # else when the run goes on
+                    _judge(run, on_epoch)
     finally:
         run.stream.close()
         if run.monitor is not None:
             run.monitor.close()
+    distributed.barrier()  # the first rank to leave with an exit code has the others ended
     return row
 
 
@@ -210,6 +222,17 @@ def _ends_epoch(run: Run) -> bool:
     """Whether the step just done was the last one of an epoch, or of the run."""
     step, per_epoch = run.state.step, run.stream.steps_per_epoch
     return int(step / per_epoch) > int((step - 1) / per_epoch) or step == run.total_steps
+
+
+def _is_judged(run: Run) -> bool:
+    """Whether the epoch that the run went on from was judged: it may have ended between the save and that."""
+
+    def known() -> bool:
+        path = run.out / layout.BEST
+        rows = json.loads(path.read_text(encoding="utf-8"))["epochs"] if path.is_file() else []
+        return any(row["step"] == run.state.step for row in rows)
+
+    return bool(distributed.on_main(known))
 
 
 def _judge(run: Run, on_epoch: OnEpoch) -> None:
@@ -244,6 +267,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float | int]:
         generator = _seed_draws(seed, state.step, "after step")
         run.system.after_step(run.progress(generator), run.writer)  # type: ignore[operator]
     values = tally.reduce()
+    run.stop = tally.stop
     state.step += 1
     row: dict[str, float | int] = {
         "step": state.step,

@@ -7,6 +7,7 @@ other.
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def pretrain(
         resume: None for a new run, `auto`, or a run or checkpoint folder; of several stages `auto` alone.
 
     Returns:
-        The last stage's result.
+        The result of the last stage that ran: a signal ends the run, not only its stage.
 
     Raises:
         UserError: no such stage, the one before is not finished, or as `loop.pretrain`.
@@ -63,6 +64,8 @@ def pretrain(
         result = loop.pretrain(
             recipe.stages[number - 1], ds_config=ds_config, out=folder, resume=again, threads=threads, weights=weights
         )
+        if result.stopped is not None:
+            return replace(result, finished=result.finished and number == wanted[-1])
         gc.collect()  # engine and system refer to each other in circles: free them before the next stage takes memory
     return result
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import torch
 from torch import Tensor
 
 from vlscale import distributed
 from vlscale.data.sample import Batch
+from vlscale.engine import signals
 
 
 class Tally:
@@ -23,6 +25,8 @@ class Tally:
         self._samples: list[str] = []
         self.skipped_images = 0
         """Of all ranks, once reduced."""
+        self.stop: signal.Signals | None = None
+        """Signal to end by, once reduced: the same on every rank, whichever of them it came to."""
 
     def add(self, batch: Batch, total: Tensor, losses: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
         """Take in one micro-batch; no host sync."""
@@ -36,10 +40,11 @@ class Tally:
 
     def reduce(self) -> dict[str, float]:
         """Means by name, the same on every rank; the step's only copy to the host. Collective."""
-        count = torch.tensor(float(len(self._skipped)), device=self._device)
-        sums = distributed.all_reduce_sum(torch.stack([count, *self._sums.values()]))
-        skipped, *values = sums.tolist()
+        counts = torch.tensor([len(self._skipped), *signals.received()], dtype=torch.float32, device=self._device)
+        sums = distributed.all_reduce_sum(torch.cat([counts, torch.stack(list(self._sums.values()))])).tolist()
+        (skipped, *came), values = sums[: len(counts)], sums[len(counts) :]
         self.skipped_images = round(skipped)
+        self.stop = signals.chosen([ranks > 0 for ranks in came])
         parts = self._micros * distributed.world_size()
         return {name: value / parts for name, value in zip(self._sums, values, strict=True)}
 
