@@ -17,7 +17,7 @@ from vlscale.cli.main import main
 from vlscale.config import Recipe, load_recipe, write_recipe
 from vlscale.errors import UserError
 from vlscale.inspect.compare import as_table, compare_runs, curves_of, sections_of
-from vlscale.inspect.curves import last_value, smooth, stages_of
+from vlscale.inspect.curves import last_value, limits_of, smooth, stages_of
 from vlscale.inspect.run_log import Curve, read_run, with_own_names
 from vlscale.interop import layout
 from vlscale.interop.run import load_run
@@ -141,6 +141,15 @@ def test_curves_are_cut_where_a_stage_begins() -> None:
     assert [part.values.tolist() for part in stages_of(curve, [1, 3])] == [[1.0, 3.0], [10.0, 30.0]]
     assert last_value(curve, [1, 3], 9) == 20.0
     assert last_value(curve, window=9) == 11.0
+
+
+def test_first_steps_far_off_don_t_squeeze_the_rest_flat() -> None:
+    steps = np.arange(1.0, 101.0)
+    falling = np.where(steps <= 3, 50.0, 2.0 - steps / 100)
+    assert limits_of([Curve(steps, falling), Curve(steps, falling + 1)]) == pytest.approx((0.61, 3.33), abs=0.01)
+    assert limits_of([Curve(steps, 2.0 - steps / 100)]) is None
+    assert limits_of([Curve(steps, np.full(100, math.nan))]) is None
+    assert limits_of([]) is None
 
 
 def test_systems_share_some_curves(albef: Path, cb_vila: Path) -> None:

@@ -110,13 +110,17 @@ def as_table(logs: Sequence[RunLog], sections: Sequence[Section]) -> Table:
 def _page(logs: Sequence[RunLog], sections: Sequence[Section], window: int | None, folder: Path) -> str:
     """The page; its pictures are drawn into `folder`."""
     parts = [f"<h1>{escape(', '.join(log.name for log in logs))}</h1>"]
-    parts.append('<p class="faint">Curves are centred means over the steps, what they were made of behind them.</p>')
+    parts.append(
+        '<p class="faint">Curves are centred means over the steps, what they were made of behind them; '
+        "first steps that lie far off are cut away.</p>"
+    )
     losses, others, alone = curves_of(logs)
     colours = [rgb(COLOURS[place % len(COLOURS)]) for place in range(len(logs))]
+    staged = "Dotted: where a run’s next stage begins." if any(log.begins for log in logs) else ""
     for file, title, names in (("losses.png", "Losses", losses), ("metrics.png", "Rates and metrics", others)):
         if names:
             curve_chart(names, logs, colours, window, folder / file)
-            parts += [f"<h2>{title}</h2>", html.figure(file, "Dotted: where a run’s next stage begins.", title)]
+            parts += [f"<h2>{title}</h2>", html.figure(file, staged, title)]
     if alone:
         parts.append(f'<p class="faint">Of one run alone, not drawn: {escape(", ".join(alone))}.</p>')
     judged = _in_order(name for log in logs for row in log.epochs for name in row if name not in ("step", "epoch"))

@@ -22,6 +22,10 @@ WINDOWS = 40
 POINTS = 1500
 """Of a raw curve, at most."""
 RAW, STAGE = 0.22, "#9aa3ad"
+BEGINNING = 0.05
+"""Share of the steps whose values may lie outside the panel …"""
+FAR = 3.0
+"""… where with them it would be so many times as high."""
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -55,6 +59,18 @@ def last_value(curve: Curve, begins: Sequence[int] = (), window: int | None = No
     return float(smooth(last.values, window_of(last, window))[-1])
 
 
+def limits_of(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """Bottom and top of a panel that the first steps would squeeze flat; None where they don't."""
+    last = max((curve.steps[-1] for curve in curves), default=0)
+    every = np.concatenate([curve.values for curve in curves] or [np.empty(0)])
+    later = np.concatenate([curve.values[curve.steps > BEGINNING * last] for curve in curves] or [np.empty(0)])
+    every, later = every[np.isfinite(every)], later[np.isfinite(later)]
+    if not later.size or np.ptp(later) == 0 or np.ptp(every) <= FAR * np.ptp(later):
+        return None
+    room = 0.2 * float(np.ptp(later))
+    return float(later.min()) - room, float(later.max()) + room
+
+
 def curve_chart(
     names: Sequence[str],
     logs: Sequence[RunLog],
@@ -63,11 +79,12 @@ def curve_chart(
     path: Path,
 ) -> None:
     """A panel per name; in each the runs that have such a curve, in their colours. Dotted lines are where a run's next
-    stage begins."""
+    stage begins; first steps that lie far off are cut away."""
     rows = math.ceil(len(names) / COLUMNS)
     figure = new_figure(PANEL[0] * min(COLUMNS, len(names)), PANEL[1] * rows + 0.4)
     panels = figure.subplots(rows, min(COLUMNS, len(names)), squeeze=False).ravel()
     for axes, name in zip(panels, names, strict=False):
+        shown: list[Curve] = []
         for log, colour in zip(logs, colours, strict=True):
             if name not in log.curves:
                 continue
@@ -77,9 +94,12 @@ def curve_chart(
                     every = max(1, len(part.steps) // POINTS)
                     axes.plot(part.steps[::every], part.values[::every], color=colour, alpha=RAW, linewidth=0.7)
                 label = plain(log.name) if place == 0 else None
-                axes.plot(part.steps, smooth(part.values, width), color=colour, linewidth=1.5, label=label)
+                shown.append(Curve(part.steps, smooth(part.values, width)))
+                axes.plot(part.steps, shown[-1].values, color=colour, linewidth=1.5, label=label)
             for begin in log.begins:
                 axes.axvline(begin, color=STAGE, linestyle=":", linewidth=1.0)
+        if limits := limits_of(shown):
+            axes.set_ylim(*limits)
         axes.set_title(plain(name), fontsize=10)
         _plainly(axes)
     _finish(figure, list(panels), len(names), "steps")
