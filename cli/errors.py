@@ -1,4 +1,5 @@
-"""Bad input becomes one line on stderr and exit code 2; Ctrl-C one line and 130; a bug keeps its traceback."""
+"""Bad input becomes one line on stderr and exit code 2, what breaks a run from outside one line and 1, Ctrl-C one line
+and 130; a bug keeps its traceback."""
 
 from __future__ import annotations
 
@@ -8,14 +9,17 @@ from collections.abc import Callable
 
 from typer.exceptions import TyperException
 
-from vlscale.errors import UserError
+from vlscale.errors import RunBroken, UserError
 
 from . import launch
 
+BROKEN = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 GRACE_SECONDS = 15.0
 """How long another rank waits for the launcher to end it before it prints an error of its own."""
+BROKEN_SECONDS = 3.0
+"""How long a rank that lost another one waits: the launcher is to see the other one's end first, and name it."""
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
@@ -28,6 +32,11 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except UserError as error:
         _print_once(str(error))
         return USER_ERROR
+    except RunBroken as error:
+        if launch.has_company():
+            time.sleep(BROKEN_SECONDS)
+        print(f"vlscale: error: rank {launch.rank()}: {error}", file=sys.stderr, flush=True)
+        return BROKEN
     except TyperException as error:
         _print_once(error.format_message())
         return error.exit_code

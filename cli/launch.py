@@ -216,6 +216,8 @@ def _exit_code(code: int | None) -> int | None:
 def _name_failure(index: int, ranks: int, code: int) -> None:
     if ranks > 1 and code not in (2, 130):
         how = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"failed with exit code {code}"
+        if code == 128 + signal.SIGKILL:
+            how += " (did memory run out?)"
         print(f"vlscale: rank {index} of {ranks} {how}; ending the others", file=sys.stderr, flush=True)
 
 

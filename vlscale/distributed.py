@@ -7,6 +7,7 @@ brought into the one form that torch and DeepSpeed read: RANK, WORLD_SIZE, LOCAL
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -25,6 +26,12 @@ _PIECE = 64 << 20
 """Bytes that one rank sends at a time where rows are gathered."""
 _TIMEOUT = timedelta(hours=2)
 """Rank 0 may render data or train a tokenizer while the others wait at a barrier."""
+_HANG_SECONDS = 1800.0
+_GONE = re.compile(
+    r"Connection (closed by peer|reset by peer|refused)|Broken pipe|Socket closed|Timed out waiting|"
+    r"remote process exited or there was a network error"
+)
+"""How gloo and NCCL say that the other side is not there any more."""
 
 
 def init_from_environment() -> None:
@@ -34,17 +41,19 @@ def init_from_environment() -> None:
     its companions it would look for MPI.
 
     Raises:
-        UserError: a launcher set some of the variables but not all.
+        UserError: a launcher set some of the variables but not all, or VLSCALE_HANG_SECONDS is no number.
     """
     if dist.is_initialized():
         return
     complete_environment(os.environ)
+    # Longer than the watchdog of a training, which says where each rank stands.
+    timeout = max(_TIMEOUT, timedelta(seconds=2 * hang_seconds()))
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
         # Told its device, NCCL need not guess it from the rank (and warn that the guess may hang).
-        dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=device())
+        dist.init_process_group("nccl", timeout=timeout, device_id=device())
     else:
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def complete_environment(environment: Any) -> None:
@@ -67,6 +76,31 @@ def complete_environment(environment: Any) -> None:
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in environment:
         environment["MASTER_PORT"] = str(free_port())
+
+
+def hang_seconds() -> float:
+    """How long a rank may stand still while it trains: VLSCALE_HANG_SECONDS, else half an hour; 0 is for ever.
+
+    Raises:
+        UserError: no number of seconds.
+    """
+    text = os.environ.get("VLSCALE_HANG_SECONDS", "")
+    try:
+        seconds = float(text or _HANG_SECONDS)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e8:
+        raise UserError(f"VLSCALE_HANG_SECONDS={text}: expected a number of seconds, or 0 for no limit")
+    return seconds
+
+
+def lost_rank(error: RuntimeError) -> str | None:
+    """What a collective says when another rank is gone, in a few words; None for every other error."""
+    found = _GONE.search(str(error))
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # asked of the environment: the group may not have come about
+    if alone or not (found or isinstance(error, dist.DistNetworkError)):
+        return None
+    return found[0] if found else "the network failed"
 
 
 def shutdown() -> None:

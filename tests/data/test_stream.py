@@ -224,7 +224,8 @@ if __name__ == "__main__":
         server = int(Path(f"/proc/{worker}/stat").read_text().split()[3])
         for process in (worker, server):
             os.kill(process, signal.SIGUSR1)
-        os.kill(worker, signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker, number)
         training.stdin.write("go on\n")
         training.stdin.flush()
         assert training.stdout.readline() == "9\n"

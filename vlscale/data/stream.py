@@ -7,6 +7,7 @@ caption, crop and augmentation of (seed, epoch, sample id). Workers are given wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +27,13 @@ from vlscale.data.sample import Batch, Sample, SampleError
 from vlscale.data.targets import Targets
 from vlscale.data.text import TextTokenizer
 from vlscale.data.workers import context, start_worker, warm_up
-from vlscale.errors import UserError
+from vlscale.errors import RunBroken, UserError
 
 MAX_REPLACEMENTS = 1000
 """So many unreadable samples in a row (or the whole epoch, where it is smaller) mean wrong paths, not broken files."""
 
+_DEATH_SECONDS = 2.0
+"""How long after its connections the end of a process may become known."""
 _SECOND_VIEW = 1
 """What the generator of a sample's second view is named by, besides (seed, epoch, sample id)."""
 
@@ -89,6 +92,7 @@ class Stream:
 
         Raises:
             UserError: no image can be read; or, with `data.concepts`, a sample has no regions.
+            RunBroken: a worker was killed.
         """
         self.close()
         self._running = self._batches()
@@ -311,13 +315,31 @@ def _loaded(dataset: Dataset[Any], positions: Iterator[list[int]], workers: int)
     )
     items = iter(loader)
     try:
-        for item in items:
+        for item in _given(items):
             yield _batch(item)
     finally:
         # Not left to the garbage collector: seen once on a GPU, the workers were gone before the thread that pins their
         # batches, which ended in a traceback.
         if isinstance(items, _MultiProcessingDataLoaderIter):
             items._shutdown_workers()
+
+
+def _given(items: Iterator[Any]) -> Iterator[Any]:
+    """What a loader gives.
+
+    Raises:
+        RunBroken: a worker is gone; torch says so in half a dozen ways.
+    """
+    try:
+        yield from items
+    except Exception as error:
+        sentinels = [worker.sentinel for worker in getattr(items, "_workers", [])]
+        if not (sentinels and wait(sentinels, _DEATH_SECONDS)):
+            raise
+        raise RunBroken(
+            f"a process of the data loader was killed, most often because memory ran out ({type(error).__name__}); "
+            "lower data.workers and start again, a training with --resume auto"
+        ) from None
 
 
 def _right_images(views: list[Tensor], data: Data) -> Batch | None:

@@ -37,8 +37,10 @@ def start_worker(_: int) -> None:
     """The loader's `worker_init_fn`."""
     # One process, one core: torch's threads are limited by the loader, the tokenizer's pool is not.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Ctrl-C reaches every process of a terminal: the training process decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of a terminal, Slurm's SIGTERM every process of a step: the training process decides
+    # when its workers end. Here, because torch gives a worker a handler of its own for SIGTERM.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -44,7 +44,7 @@ class Machine:
     def here() -> Machine:
         if torch.cuda.is_available():
             return Machine(True, torch.cuda.is_bf16_supported(including_emulation=False))
-        return Machine(False, not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_flags()))
+        return Machine(False, not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_flags()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,8 @@ def build_engine(
     with _scalars_broadcast(system):
         engine, *_ = deepspeed.initialize(model=system, optimizer=build_optimizer(system, train, task), config=config)
     _link_moments_of_every_group(engine.optimizer)
+    # At the floor of the loss scale DeepSpeed would raise; a skipped step is the loop's to count and to give up on.
+    engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
 
 
@@ -255,7 +257,7 @@ def _without_auto(node: dict[str, Any]) -> dict[str, Any]:
     return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
     """Instruction sets that Linux names; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

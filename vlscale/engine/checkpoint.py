@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vlscale import __version__, distributed
 from vlscale.config import Recipe
 from vlscale.engine import worlds
+from vlscale.engine.faults import Writes, checkpoint_size
 from vlscale.engine.writer import EngineWriter
 from vlscale.errors import UserError
 from vlscale.interop import layout
@@ -53,22 +54,26 @@ def save(engine: Any, system: nn.Module, run: Path, state: State, keep: int) -> 
     """Write the checkpoint of `state.step` and prune; collective. Returns its folder.
 
     Raises:
-        UserError: the tag exists already.
+        UserError: the tag exists already, or a rank can't write its part: the ones before stay.
     """
     folder = run / layout.CHECKPOINTS / layout.checkpoint_name(state.step)
     _require_equal_ranks(system.carried_state())  # type: ignore[operator]
     distributed.on_main(lambda: _create(folder))
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    writes, needed = Writes(folder), checkpoint_size(engine, system)
+    with writes.of(engine):
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     weights = consolidated(system)
     if distributed.rank() == 0:
         metadata = {"step": str(state.step), "image_size": str(state.image_size), "vlscale": __version__}
-        write_tensors(folder / layout.MODEL, weights, metadata)
-        write_tensors(folder / layout.CARRIED, system.carried_state(), metadata)  # type: ignore[operator]
-        layout.write_json(folder / layout.STATE, asdict(state))
-    distributed.barrier()
+        carried = system.carried_state()  # type: ignore[operator]
+        writes.attempt(layout.MODEL, lambda: write_tensors(folder / layout.MODEL, weights, metadata))
+        writes.attempt(layout.CARRIED, lambda: write_tensors(folder / layout.CARRIED, carried, metadata))
+        writes.attempt(layout.STATE, lambda: layout.write_json(folder / layout.STATE, asdict(state)))
+    writes.finish(needed)
     if distributed.rank() == 0:
-        layout.write_json(folder / layout.COMPLETE, _fingerprints(folder))
-        layout.write_text(folder.parent / layout.LATEST, folder.name + "\n")
+        writes.attempt(layout.COMPLETE, lambda: _complete(folder))
+    writes.finish(needed)
+    if distributed.rank() == 0:
         _prune(run, keep)
     distributed.barrier()
     return folder
@@ -200,6 +205,12 @@ def _create(folder: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder}: exists already; a checkpoint is never overwritten")
     folder.mkdir(parents=True)
+
+
+def _complete(folder: Path) -> None:
+    """From here on it is the newest one; not before every file is on the disk."""
+    layout.write_json(folder / layout.COMPLETE, _fingerprints(folder))
+    layout.write_text(folder.parent / layout.LATEST, folder.name + "\n")
 
 
 def _prune(run: Path, keep: int) -> None:

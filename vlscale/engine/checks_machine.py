@@ -73,7 +73,7 @@ def accelerator(case: Case) -> list[Finding]:
 
     if torch.cuda.is_available():
         return [_gpus(case)]
-    flags = build._cpu_flags()
+    flags = build.cpu_flags()
     sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     cores = len(os.sched_getaffinity(0))
     found = f"CPU, {cores} cores, {case.threads} threads a rank, {', '.join(sets) or 'no vector instructions known'}"

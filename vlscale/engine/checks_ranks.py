@@ -144,7 +144,7 @@ def dry_step(case: Case, folder: Path) -> list[Finding]:
 
 def _dry_step(case: Case, stage: Recipe, folder: Path, of_stage: str) -> list[Finding]:
     recipe = start.absolute_paths(_one_pass(stage, distributed.world_size()))
-    run = loop._set_up(recipe, case.ds_config, folder, None, start.set_threads(case.threads), None)
+    run = loop.set_up(recipe, case.ds_config, folder, None, start.set_threads(case.threads), None)
     reached = _watch_gradients(run.system)
     batches = iter(run.stream)
     try:

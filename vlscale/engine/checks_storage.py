@@ -105,7 +105,7 @@ def needs(recipe: Recipe, ds_config: str, world: int) -> Needs:
     from vlscale.engine import build, describe
 
     choice = build.choose(ds_config)
-    system = describe._on_meta(recipe)
+    system = describe.on_meta(recipe)
     width = 2 if choice.precision in ("fp16", "bf16") else 4
     every = sum(parameter.numel() for parameter in system.parameters())
     trained = sum(parameter.numel() for parameter in system.parameters() if parameter.requires_grad)

@@ -35,7 +35,7 @@ def describe(recipe: Recipe, ds_config: str, world: int) -> dict[str, Any]:
     choice = build.choose(ds_config)
     plan = batch_plan(recipe.train, world)
     config = build.complete(choice, plan, recipe.train)
-    system = _on_meta(recipe)
+    system = on_meta(recipe)
     parts = {name: _parameters(part) for name, part in system.named_children()}
     own = sum(parameter.numel() for parameter in system.parameters(recurse=False))
     parameters = {**{name: count for name, count in parts.items() if count}, "other": own, "total": _parameters(system)}
@@ -58,7 +58,7 @@ def describe(recipe: Recipe, ds_config: str, world: int) -> dict[str, Any]:
     }
 
 
-def _on_meta(recipe: Recipe) -> nn.Module:
+def on_meta(recipe: Recipe) -> nn.Module:
     """The system without storage; a vocabulary still to be trained counts with its upper limit."""
     size = recipe.data.tokenizer.vocab_size
     vocabulary = Vocabulary(size, *range(_SPECIAL_TOKENS - 1))

@@ -25,16 +25,18 @@ from vlscale.data.order import layout_of
 from vlscale.data.sample import Batch
 from vlscale.data.stream import Stream
 from vlscale.data.targets import make_targets
-from vlscale.engine import best, build, checkpoint, signals, start
+from vlscale.engine import best, build, checkpoint, faults, signals, start
 from vlscale.engine.monitor import Monitor
 from vlscale.engine.optim import has_backbone, set_learning_rate
 from vlscale.engine.schedule import BatchPlan, batch_plan, draw_seed, learning_rate, total_steps
 from vlscale.engine.tally import Tally
+from vlscale.engine.watchdog import Watchdog
 from vlscale.engine.writer import EngineWriter
 from vlscale.errors import UserError
 from vlscale.interop import layout
 from vlscale.interop.origin import note_origin
 from vlscale.interop.start import start_from
+from vlscale.nn.statistics import moving_statistics
 from vlscale.systems.protocol import Progress
 from vlscale.systems.registry import build_system
 
@@ -72,6 +74,7 @@ class Run:
     newest: Path | None
     """Newest checkpoint: the one that the run went on from, then the last one saved."""
     writer: EngineWriter = field(default_factory=EngineWriter)
+    watchdog: Watchdog = field(default_factory=Watchdog)
     stop: signal.Signals | None = None
     """Signal that came to a rank: the step just done is the last one. The same on every rank."""
 
@@ -111,18 +114,20 @@ def pretrain(
         on_epoch: gives validation metrics after every epoch; the epoch that is best by `task.best` is kept.
 
     Raises:
-        UserError: input that can't be trained on, or `train.max_bad_steps` non-finite steps in a row.
+        UserError: input that can't be trained on, `train.max_bad_steps` non-finite steps in a row, or a full disk.
+        RunBroken: another rank or a process of the loader is gone.
     """
     started = time.monotonic()
-    distributed.init_from_environment()
-    run = _set_up(start.absolute_paths(recipe), ds_config, Path(out), resume, start.set_threads(threads), weights)
-    last = run.total_steps if stop_after is None else min(stop_after, run.total_steps)
-    row = _train(run, last, on_epoch)
+    with faults.told(Path(out)):
+        distributed.init_from_environment()
+        run = set_up(start.absolute_paths(recipe), ds_config, Path(out), resume, start.set_threads(threads), weights)
+        last = run.total_steps if stop_after is None else min(stop_after, run.total_steps)
+        row = _train(run, last, on_epoch)
     finished, seconds = run.state.step >= run.total_steps, time.monotonic() - started
     return RunResult(run.out, run.state.step, finished, run.newest, row, seconds, run.stop)
 
 
-def _set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threads: int, weights: Path | None) -> Run:
+def set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threads: int, weights: Path | None) -> Run:
     say = print if distributed.rank() == 0 else _silent
     if distributed.rank() > 0:
         logging.getLogger("vlscale").setLevel(logging.ERROR)  # what the data lacks is said once, not by every rank
@@ -198,7 +203,7 @@ def _train(run: Run, last: int, on_epoch: OnEpoch | None = None) -> dict[str, fl
     batches = iter(run.stream)
     distributed.barrier()  # one rank alone would wait for a step's end that never comes
     try:
-        with signals.training():
+        with signals.training(), run.watchdog.watching(run.out):
             if on_epoch is not None and run.state.step > 0 and _ends_epoch(run) and not _is_judged(run):
                 _judge(run, on_epoch)
             while run.state.step < last and run.stop is None:
@@ -207,6 +212,7 @@ def _train(run: Run, last: int, on_epoch: OnEpoch | None = None) -> dict[str, fl
                 ends = run.state.step == last or run.stop is not None
                 if run.state.step % run.recipe.checkpoint.every == 0 or ends or judged:
                     keep = run.recipe.checkpoint.keep
+                    run.watchdog.beat()
                     run.newest = checkpoint.save(run.engine, run.system, run.out, run.state, keep)
                 if on_epoch is not None and judged and run.stop is None:  # else when the run goes on
                     _judge(run, on_epoch)
@@ -240,7 +246,8 @@ def _judge(run: Run, on_epoch: OnEpoch) -> None:
     assert run.recipe.task is not None
     random, task = torch.get_rng_state(), run.recipe.task
     run.system.eval()
-    metrics = on_epoch(run)
+    with run.watchdog.resting():
+        metrics = on_epoch(run)
     run.system.train()
     torch.set_rng_state(random)
     step, epoch = run.state.step, run.state.step / run.stream.steps_per_epoch
@@ -255,7 +262,10 @@ def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float | int]:
     state, seed = run.state, run.recipe.train.seed
     rates = _set_rates(run)
     tally = Tally(run.device)
+    statistics = moving_statistics(run.system)
+    before = [buffer.clone() for buffer in statistics]
     for micro in range(run.plan.accumulation):
+        run.watchdog.beat()
         batch = _on_device(next(batches), run)
         generator = _seed_draws(seed, state.step, micro, distributed.rank())
         losses, metrics = run.engine(batch, run.progress(generator))
@@ -266,6 +276,9 @@ def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float | int]:
     if applied := run.engine.was_step_applied():  # False: non-finite loss or gradient, nothing was updated
         generator = _seed_draws(seed, state.step, "after step")
         run.system.after_step(run.progress(generator), run.writer)  # type: ignore[operator]
+    else:
+        for buffer, value in zip(statistics, before, strict=True):  # the forward moved them, each rank's for itself
+            buffer.copy_(value)
     values = tally.reduce()
     run.stop = tally.stop
     state.step += 1
@@ -344,7 +357,7 @@ def _at_floor(run: Run) -> str:
     scaler = run.engine.optimizer.loss_scaler
     if scaler.cur_scale > getattr(scaler, "min_scale", 0):  # a static scale has no floor
         return ""
-    return f"; the loss scale is at its floor {scaler.cur_scale}: lower train.lr, or use bfloat16"
+    return f"; the loss scale is at its floor {scaler.cur_scale:g}: lower train.lr, or use bfloat16"
 
 
 def _note_troubles(run: Run, tally: Tally, row: dict[str, float | int], applied: bool) -> None:
