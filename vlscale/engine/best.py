@@ -20,6 +20,12 @@ def forget_after(run: Path, step: int) -> None:
         _write(path, content["metric"], [row for row in content["epochs"] if row["step"] <= step])
 
 
+def knows(run: Path, step: int) -> bool:
+    """Whether the epoch that ended with this step was judged."""
+    path = run / layout.BEST
+    return path.is_file() and any(row["step"] == step for row in _read(path)["epochs"])
+
+
 def record(run: Path, metric: str, step: int, epoch: float, metrics: Mapping[str, float]) -> bool:
     """Note an epoch's validation metrics; returns whether it is the best one so far. Of equal ones the first counts.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
@@ -128,6 +127,11 @@ def pretrain(
 
 
 def set_up(recipe: Recipe, ds_config: str, out: Path, resume: str | None, threads: int, weights: Path | None) -> Run:
+    """Everything up to the first step, as `pretrain`; every rank calls this.
+
+    Args:
+        threads: CPU threads of this rank, already set.
+    """
     say = print if distributed.rank() == 0 else _silent
     if distributed.rank() > 0:
         logging.getLogger("vlscale").setLevel(logging.ERROR)  # what the data lacks is said once, not by every rank
@@ -232,13 +236,7 @@ def _ends_epoch(run: Run) -> bool:
 
 def _is_judged(run: Run) -> bool:
     """Whether the epoch that the run went on from was judged: it may have ended between the save and that."""
-
-    def known() -> bool:
-        path = run.out / layout.BEST
-        rows = json.loads(path.read_text(encoding="utf-8"))["epochs"] if path.is_file() else []
-        return any(row["step"] == run.state.step for row in rows)
-
-    return bool(distributed.on_main(known))
+    return distributed.on_main(lambda: best.knows(run.out, run.state.step))
 
 
 def _judge(run: Run, on_epoch: OnEpoch) -> None:
