@@ -322,8 +322,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, monkeypatch: p
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
     monkeypatch.setattr("sys.argv", command)
-    assert main() == 2
+    assert main() == 0
     assert [entry.name for entry in notes.parent.iterdir()] == ["notes.txt"]
+    assert (run / "eval" / "grounding.page" / "index.html").is_file()
     notes.unlink()
     for name in ("index.html", "old-7.png"):
         (notes.parent / name).touch()
