@@ -16,6 +16,7 @@ from tests.engine.toy import WIDTH, ToySystem, build_toy, toy_recipe
 from tests.tasks.classified_data import LABELS, write_data, write_pairs
 from vlscale.cli.main import main
 from vlscale.config import Recipe, load_recipe, tuning
+from vlscale.config.tasks import VqaTask
 from vlscale.data.sample import Batch, Vocabulary
 from vlscale.data.text import TextTokenizer
 from vlscale.engine import loop
@@ -196,6 +197,15 @@ def test_from_scratch_no_weight_is_read(finetune: Finetune, base: Path, tmp_path
     told = learned(tmp_path / "a", load_recipe(str(tmp_path / "a" / layout.RECIPE)), 4)
     assert (told["trained_on"], told["samples_seen"]) == ("nothing (task.from_scratch)", 0)
     assert told["tuned_on"]["from"] is None
+
+
+def test_paths_in_the_written_recipe_hold_from_any_directory(finetune: Finetune, tmp_path: Path) -> None:
+    assert finetune("vqa", "--out", tmp_path / "a") == 0
+    answers = "a/answers.json"  # the fixture works in tmp_path
+    assert finetune("vqa", "--set", f"task.answers={answers}", "--out", tmp_path / "b") == 0
+    written = load_recipe(str(tmp_path / "b" / layout.RECIPE)).task
+    assert isinstance(written, VqaTask)
+    assert written.answers == str(tmp_path / answers)
 
 
 def test_pairs_have_data_of_their_own(finetune: Finetune, tmp_path: Path) -> None:

@@ -63,7 +63,10 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     }
     if data.concepts is not None and data.concepts.phrases != AUTO:
         paths["concepts"] = data.concepts.model_copy(update={"phrases": _absolute(data.concepts.phrases)})
-    return recipe.model_copy(update={"data": data.model_copy(update=paths)})
+    task = recipe.task
+    if isinstance(task, VqaTask):
+        task = task.model_copy(update={"answers": _absolute(task.answers)})
+    return recipe.model_copy(update={"data": data.model_copy(update=paths), "task": task})
 
 
 def check_free(out: Path, resume: str | None) -> None:
