@@ -268,6 +268,7 @@ def on_main(function: Callable[[], Any]) -> Any:
             outcome = (None, str(error))
     result, message = broadcast_object(outcome)
     if message is not None:
+        barrier()  # whoever leaves first takes what the others have not read yet along
         raise UserError(message)
     return result
 
