@@ -139,7 +139,7 @@ def _findings(recipe: Recipe | None, out: Path, world: int, timeout: float, verb
 @contextmanager
 def _folders(out: Path) -> Iterator[tuple[Path, Path]]:
     """A temporary folder of this process, and a path beside the run folder for what ranks write; both go in the end."""
-    from vlscale.engine.checks_storage import existing_parent
+    from vlscale.engine.room import existing_parent
 
     shared = existing_parent(out) / f".vlscale-doctor-{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory(prefix="vlscale-doctor-") as own:
@@ -203,8 +203,8 @@ class _Examination:
 
     def _watch(self, work: subprocess.Popen[bytes], parts: list[str]) -> tuple[str, str] | None:
         """Wait for the end of all parts; why there is no waiting any more, and a way out, where it doesn't come."""
-        from vlscale.engine.checks_finding import shown_size
         from vlscale.engine.checks_storage import free_memory
+        from vlscale.engine.room import shown_size
 
         began, before, done_since = time.monotonic(), free_memory(), math.inf
         while work.poll() is None:

@@ -67,6 +67,11 @@ class Choice:
                 return name
         return "fp32"
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Of one value."""
+        return 2 if self.precision in ("fp16", "bf16") else 4
+
 
 def config_names() -> list[str]:
     """Names that `--ds-config` takes, besides `auto` and a path."""

@@ -79,12 +79,5 @@ def shown_names(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def shown_size(count: float) -> str:
-    """Bytes for people."""
-    if count >= 2**30:
-        return f"{count / 2**30:.2f} GiB"
-    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
-
-
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:600]

@@ -13,7 +13,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from vlscale.engine.checks_finding import Case, Finding, shown_size
+from vlscale.engine.checks_finding import Case, Finding
+from vlscale.engine.room import shown_size
 
 _SHOWN = ("torch", "torchvision", "deepspeed", "transformers", "timm", "webdataset", "pot", "scipy")
 _ENOUGH_FILES = 1024

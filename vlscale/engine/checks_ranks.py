@@ -20,9 +20,10 @@ from vlscale import distributed
 from vlscale.config import LOSSES, Recipe
 from vlscale.data.sample import Batch
 from vlscale.engine import loop, start
-from vlscale.engine.checks_finding import Case, Finding, shown_names, shown_size
+from vlscale.engine.checks_finding import Case, Finding, shown_names
 from vlscale.engine.checks_storage import too_large
 from vlscale.engine.loop import Run
+from vlscale.engine.room import shown_size
 from vlscale.engine.schedule import batch_plan
 from vlscale.errors import UserError
 

@@ -8,10 +8,10 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vlscale.config import Recipe
-from vlscale.engine.checks_finding import Case, Finding, shown_size
+from vlscale.engine.checks_finding import Case, Finding
+from vlscale.engine.room import checkpoint_bytes, existing_parent, memory_parts, shown_size
 from vlscale.errors import UserError
 from vlscale.interop import layout
 
@@ -26,12 +26,6 @@ class Needs:
     """One checkpoint: DeepSpeed's shards of all ranks and the safetensors beside them."""
     memory: int
     """Of one rank: parameters, gradients, its share of masters and moments, teacher and queues."""
-
-
-def existing_parent(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def run_folder(case: Case) -> list[Finding]:
@@ -106,20 +100,11 @@ def needs(recipe: Recipe, ds_config: str, world: int) -> Needs:
 
     choice = build.choose(ds_config)
     system = describe.on_meta(recipe)
-    width = 2 if choice.precision in ("fp16", "bf16") else 4
-    every = sum(parameter.numel() for parameter in system.parameters())
     trained = sum(parameter.numel() for parameter in system.parameters() if parameter.requires_grad)
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in system.buffers())
-    carried = _carried(system)
-    masters_and_moments = 12 * trained
     return Needs(
-        checkpoint=(width + 4) * every + 2 * buffers + masters_and_moments + carried,
-        memory=width * (every + trained) + buffers + masters_and_moments // world + carried,
+        checkpoint=checkpoint_bytes(system, choice.parameter_bytes, trained),
+        memory=round(sum(memory_parts(system, choice.parameter_bytes, world).values())),
     )
-
-
-def _carried(system: Any) -> int:
-    return sum(value.numel() * value.element_size() for value in system.carried_state().values())
 
 
 def disk(case: Case) -> list[Finding]:

@@ -17,6 +17,7 @@ from vlscale.data.concepts import load_phrases
 from vlscale.data.open import is_here
 from vlscale.data.sample import Vocabulary
 from vlscale.engine import build
+from vlscale.engine.room import memory_parts
 from vlscale.engine.schedule import batch_plan, total_steps
 from vlscale.engine.start import training_examples
 from vlscale.interop.run import without_downloads
@@ -122,18 +123,8 @@ def _count_samples(recipe: Recipe) -> int | None:
 
 
 def _memory(system: nn.Module, choice: build.Choice, world: int) -> dict[str, str]:
-    """Bytes that do not depend on the batch: ZeRO-1/2 shares masters and moments among the ranks."""
-    trained = sum(p.numel() for p in system.parameters() if p.requires_grad)
-    width = 2 if choice.precision in ("fp16", "bf16") else 4
-    shared = world if choice.config.get("zero_optimization", {}).get("stage", 2) in (1, 2) else 1
-    carried = system.carried_state().values()  # type: ignore[operator]
-    sizes = {
-        f"parameters ({8 * width} bit)": width * _parameters(system),
-        f"gradients ({8 * width} bit)": width * trained,
-        f"fp32 masters, 1/{shared}": 4 * trained / shared,
-        f"Adam's two moments, 1/{shared}": 8 * trained / shared,
-        "teacher, queues, statistics": sum(value.numel() * value.element_size() for value in carried),
-    }
+    """What does not depend on the batch."""
+    sizes = memory_parts(system, choice.parameter_bytes, world)
     total = sum(sizes.values())
     shown = {name: f"{size / _GIB:.3f} GiB" for name, size in {**sizes, "total": total}.items()}
     return {**shown, "activations": "not counted: they grow with micro_batch and image_size"}

@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from vlscale import distributed
-from vlscale.engine.checks_finding import shown_size
-from vlscale.engine.checks_storage import existing_parent
+from vlscale.engine.room import checkpoint_bytes, existing_parent, shown_size
 from vlscale.errors import RunBroken, UserError
 from vlscale.interop import layout
 
@@ -102,11 +101,10 @@ class Writes:
 
 
 def checkpoint_size(engine: Any, system: nn.Module) -> int:
-    """Bytes of a checkpoint: masters and moments of all ranks, the module as DeepSpeed and as we write it, the rest."""
+    """Bytes of a checkpoint."""
     masters = sum(partition.numel() for partition in engine.optimizer.single_partition_of_fp32_groups)
-    modules = sum(value.numel() * (value.element_size() + 4) for value in system.state_dict().values())
-    carried = sum(value.numel() * value.element_size() for value in system.carried_state().values())  # type: ignore[operator]
-    return int(12 * masters * distributed.world_size() + modules + carried)
+    width = next(system.parameters()).element_size()
+    return checkpoint_bytes(system, width, masters * distributed.world_size())
 
 
 def _room(run: Path, needed: float = math.inf) -> str:
