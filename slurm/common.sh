@@ -66,9 +66,8 @@ run_ranks() {
     srun "${layout[@]}" --kill-on-bad-exit=1 --open-mode=append --output="$logs/%N-rank%t.out" "$VLSCALE" "$@" &
     running=$!
     await
-    for log in "$logs"/*-rank0.out; do
-        echo "rank 0 ended with:"
-        tail -n 20 "$log"
+    for log in "$logs"/*-rank0.out; do  # of every node that rank 0 has lived on; none where srun started nothing
+        [[ ! -r $log ]] || { echo "$log ends with:" && tail -n 20 "$log"; }
     done
     leave
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_launch import eventually
-from tests.e2e.small import SMALL, render_small, settings
+from tests.e2e.small import SMALL, kill, logged_steps, render_small, settings
 
 Start = Callable[..., "subprocess.Popen[str]"]
 pytestmark = pytest.mark.slow
@@ -35,24 +35,17 @@ def start(tmp_path: Path) -> Iterator[Start]:
         return started[-1]
 
     yield begin
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    kill(started)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_while_training_it_saves(start: Start, tmp_path: Path, number: signal.Signals, code: int, ranks: str) -> None:
     process, run = start("--nproc", ranks), tmp_path / "run"
-    assert eventually(lambda: steps(run) > 2, 240), (tmp_path / "stderr").read_text()
+    assert eventually(lambda: logged_steps(run) > 2, 240), (tmp_path / "stderr").read_text()
     process.send_signal(number)
     assert process.wait(60) == code
-    step, told = steps(run), (tmp_path / "stdout").read_text().splitlines()[-1]
+    step, told = logged_steps(run), (tmp_path / "stdout").read_text().splitlines()[-1]
     assert told == f"{run}: ended by {number.name}, saved at step {step}; go on with --resume auto"
     assert (run / "checkpoints" / f"step-{step:08d}" / "COMPLETE").is_file()
     assert "Traceback" not in (tmp_path / "stderr").read_text()

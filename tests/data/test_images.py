@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from tests.data.corpus import picture, shared
+from tests.data.pictures import JPEGS, array_of, jpeg_of, photograph
 from vlscale.config import CLIP_MEAN, CLIP_STD, Augmentation, Data
 from vlscale.data import images
 from vlscale.data.augment import GREY, OPERATIONS, Operation, rand_augment
@@ -34,22 +33,6 @@ from vlscale.data.sample import ImageFile, TarMember
 CROPS = Augmentation(crop_scale=(0.2, 1.0), flip=True, randaugment=None)
 
 
-def _array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
-
-
-def _photograph(seed: int, width: int, height: int) -> Image.Image:
-    """`picture` with fine structure, which resizing has to average."""
-    noise = np.random.default_rng(seed).normal(0, 25, (height, width, 3))
-    return Image.fromarray((_array(picture(seed, width, height)) + noise).clip(0, 255).astype(np.uint8))
-
-
-def _bytes(image: Image.Image, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", **options)
-    return file.getvalue()
-
-
 def _apply(operation: Operation, image: Image.Image, level: float) -> np.ndarray:
     """An operation on planes, applied to an image: [H, W, 3]."""
     planes = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -65,7 +48,7 @@ def _by_pillow(image: Image.Image, data: Data, seed: int) -> np.ndarray:
     left, top, width, height = crop_box(image.width, image.height, data.augment, generator)
     size = (data.image_size, data.image_size)
     resized = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
-    pixels = _array(resized).transpose(2, 0, 1)
+    pixels = array_of(resized).transpose(2, 0, 1)
     return pixels[:, :, ::-1] if generator.random() < 0.5 else pixels
 
 
@@ -76,7 +59,7 @@ def test_modes_become_rgb(tmp_path: Path) -> None:
         image.convert(mode).save(path)
         loaded = load_image(path)
         assert (loaded.mode, loaded.size) == ("RGB", image.size)
-        difference = np.abs(_array(loaded) - _array(image.convert(mode).convert("RGB"))).mean()
+        difference = np.abs(array_of(loaded) - array_of(image.convert(mode).convert("RGB"))).mean()
         assert difference < 8, f"{mode}: {difference}"
 
 
@@ -85,7 +68,7 @@ def test_sixteen_bits_keep_their_grey(tmp_path: Path) -> None:
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     Image.fromarray((ramp / 65535).astype(np.float32)).save(tmp_path / "float.tif")
     for name in ("deep.png", "float.tif"):
-        grey = _array(load_image(tmp_path / name))
+        grey = array_of(load_image(tmp_path / name))
         assert np.abs(grey - np.arange(256).reshape(16, 16, 1)).max() <= 1
 
 
@@ -123,7 +106,7 @@ def test_exif_rotation(tmp_path: Path, orientation: int) -> None:
         stored.save(tmp_path / name, exif=exif, **({"quality": 95} if name == "a.jpg" else {}))
         loaded = load_image(tmp_path / name)
         assert loaded.size == upright.size
-        assert np.abs(_array(loaded) - _array(upright)).mean() < 10  # a wrong turn: above 40
+        assert np.abs(array_of(loaded) - array_of(upright)).mean() < 10  # a wrong turn: above 40
 
 
 def test_garbled_exif_does_not_lose_the_picture(tmp_path: Path) -> None:
@@ -186,7 +169,7 @@ def test_evaluation_resizes_like_pillow() -> None:
         image = picture(4, *size)
         ours = eval_transform(Data(image_size=target))(image)
         assert (ours.shape, ours.dtype) == ((3, target, target), torch.uint8)
-        theirs = _array(image.resize((target, target), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        theirs = array_of(image.resize((target, target), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         assert np.abs(ours.numpy().astype(int) - theirs).max() <= 2
 
 
@@ -297,7 +280,7 @@ def test_geometric_operations_against_a_slow_warp(sign: int) -> None:
 
 def test_photometric_operations_against_their_formulas() -> None:
     image = picture(9, 64, 64)
-    pixels = _array(image)
+    pixels = array_of(image)
     identity, contrast, equalize, brightness, sharpness = [operation for operation, signed in OPERATIONS if not signed]
     assert np.array_equal(_apply(identity, image, 0.7), pixels)
     assert np.abs(_apply(brightness, image, 0.7) - (pixels * 1.36).clip(0, 255)).max() <= 1
@@ -322,11 +305,11 @@ def test_rand_augment_is_driven_by_its_generator_and_sometimes_does_nothing() ->
 @pytest.mark.parametrize("size", [256, 224, 97])
 def test_operations_give_what_pillow_gives(size: int) -> None:
     flat = Image.new("RGB", (size, size), (7, 7, 200))
-    for image in (_photograph(11, size, size), picture(12, size, size), flat):
+    for image in (photograph(11, size, size), picture(12, size, size), flat):
         for (operation, signed), (twin, twin_signed) in zip(OPERATIONS, PILLOW_OPERATIONS, strict=True):
             assert signed == twin_signed
             for level in (0.7, -0.7, 0.1, -1.0) if signed else (0.7, 0.0, 1.0, 2.0):
-                difference = np.abs(_apply(operation, image, level) - _array(twin(image, level)))
+                difference = np.abs(_apply(operation, image, level) - array_of(twin(image, level)))
                 assert difference.max() <= 2, (operation, level)
 
 
@@ -341,98 +324,12 @@ def test_crops_stay_what_they_were() -> None:
     assert crop_box(37, 900, Augmentation(), np.random.default_rng(0)) == (0, 425, 37, 49)
 
 
-JPEGS: dict[str, Callable[[Image.Image], bytes]] = {
-    "4:2:0": lambda image: _bytes(image, quality=90),
-    "4:4:4": lambda image: _bytes(image, quality=95, subsampling="4:4:4"),
-    "4:2:2": lambda image: _bytes(image, subsampling="4:2:2"),
-    "progressive": lambda image: _bytes(image, progressive=True),
-    "restarts": lambda image: _bytes(image, restart_marker_rows=1),
-    "rgb": lambda image: _bytes(image, keep_rgb=True),
-    "profile": lambda image: _bytes(
-        image, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    ),
-    "comment": lambda image: _bytes(image, comment=b"\xff\xd8\xff\xc0" * 40),
-    "grey": lambda image: _bytes(image.convert("L")),
-    "cmyk": lambda image: _bytes(image.convert("CMYK")),
-    "fill bytes": lambda image: _bytes(image).replace(b"\xff\xdb", b"\xff\xff\xff\xdb"),
-    "after the end": lambda image: _bytes(image) + b"and more",
-}
-
-
-@pytest.mark.parametrize("kind", JPEGS)
-def test_jpegs_are_decoded_as_pillow_opens_them(tmp_path: Path, kind: str) -> None:
-    for number, size in enumerate([(1, 1), (1, 50), (70, 1), (17, 33), (223, 121)]):
-        content = JPEGS[kind](_photograph(number, *size))
-        path = tmp_path / f"{number}.jpg"
-        path.write_bytes(content)
-        with Image.open(io.BytesIO(content)) as image:
-            assert np.array_equal(_array(load_image(path)), _array(image.convert("RGB")))
-
-
-def test_broken_jpegs_are_what_they_are_to_pillow(tmp_path: Path) -> None:
-    """The short way must not take what the long way refuses, nor the reverse."""
-    path, generator, seen = tmp_path / "a.jpg", np.random.default_rng(0), set()
-    for progressive in (False, True):
-        whole = _bytes(_photograph(13, 61, 47), quality=90, progressive=progressive)
-        contents = [whole[:length] for length in range(0, len(whole), 97)]
-        for number in range(300):
-            content = bytearray(whole)
-            for _ in range(1 + number % 3):  # half of them in the headers
-                content[generator.integers(700 if number % 2 else len(content))] = generator.integers(256)
-            contents.append(bytes(content))
-        frame = whole.index(b"\xff\xc2" if progressive else b"\xff\xc0")
-        contents.append(whole[: frame + 5] + bytes(2) + whole[frame + 7 :])  # no height
-        for damaged in contents:
-            path.write_bytes(damaged)
-            try:
-                with Image.open(path) as image:
-                    expected = _array(image.convert("RGB"))
-            except Exception:
-                seen.add(False)
-                with pytest.raises(ImageError):
-                    load_image(path)
-            else:
-                seen.add(True)
-                assert np.array_equal(_array(load_image(path)), expected)
-    assert seen == {False, True}
-
-
-def test_truncated_jpegs_are_refused(tmp_path: Path) -> None:
-    path, data = tmp_path / "a.jpg", Data(image_size=32)
-    for progressive in (False, True):
-        whole = _bytes(_photograph(14, 120, 90), progressive=progressive)
-        for length in (2, 30, 400, len(whole) // 2, len(whole) - 40, len(whole) - 1):
-            path.write_bytes(whole[:length])
-            with pytest.raises(ImageError):
-                training_image(path, data, np.random.default_rng(0), allow_flip=True)
-            with pytest.raises(ImageError):
-                evaluation_image(path, data)
-
-
-def test_a_jpeg_that_claims_too_much_is_refused_before_it_is_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for exif in (b"", b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x00"):  # without and with the detour through Pillow
-        content = bytearray(_bytes(picture(0), exif=exif))
-        frame = content.index(b"\xff\xc0")
-        content[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
-        (tmp_path / "bomb.jpg").write_bytes(content)
-
-        def allocate(*_: object) -> None:
-            raise AssertionError("allocated")
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Image, "new", allocate)
-            with pytest.raises(ImageError, match="more than the limit"):
-                training_image(tmp_path / "bomb.jpg", Data(image_size=32), np.random.default_rng(0), allow_flip=True)
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_crops_of_turned_images(tmp_path: Path, orientation: int) -> None:
     """The box is drawn on the upright image, whatever way it is stored."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    _photograph(15, 90, 60).save(tmp_path / "a.jpg", exif=exif, quality=90)
+    photograph(15, 90, 60).save(tmp_path / "a.jpg", exif=exif, quality=90)
     upright, data = load_image(tmp_path / "a.jpg"), Data(image_size=48, augment=CROPS)
     assert upright.size == ((90, 60) if orientation < 5 else (60, 90))
     for seed in range(6):
@@ -445,7 +342,7 @@ SIZES = [(1, 1), (1, 90), (90, 1), (33, 17), (47, 300), (300, 47), (101, 103), (
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_odd_sizes_are_cropped_and_resized_like_pillow(tmp_path: Path, size: tuple[int, int]) -> None:
-    _photograph(16, *size).save(tmp_path / "a.jpg", quality=90)
+    photograph(16, *size).save(tmp_path / "a.jpg", quality=90)
     noise = np.random.default_rng(0).integers(0, 2, (size[1], size[0], 3), dtype=np.uint8) * 255
     Image.fromarray(noise).save(tmp_path / "a.png")
     for path, side in [(tmp_path / "a.jpg", 64), (tmp_path / "a.png", 64), (tmp_path / "a.png", 256)]:
@@ -454,7 +351,7 @@ def test_odd_sizes_are_cropped_and_resized_like_pillow(tmp_path: Path, size: tup
             ours = training_image(path, data, np.random.default_rng(seed), allow_flip=True)
             assert (ours.shape, ours.dtype, ours.is_contiguous()) == ((3, side, side), torch.uint8, True)
             assert np.abs(ours.numpy() - _by_pillow(image, data, seed)).max() <= 4
-        whole = _array(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        whole = array_of(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         assert np.abs(evaluation_image(path, data).numpy() - whole).max() <= 4
 
 
@@ -466,12 +363,12 @@ def test_photographs_are_cropped_and_resized_like_pillow() -> None:
         data = Data(image_size=size, augment=CROPS)
         assert largest_difference(chosen, data) <= 4
         for file in chosen:
-            whole = _array(load_image(file).resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            whole = array_of(load_image(file).resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
             assert np.abs(evaluation_image(file, data).numpy() - whole).max() <= 4
 
 
 def test_every_kind_of_file_can_be_trained_on(tmp_path: Path) -> None:
-    image, data = _photograph(17, 50, 40), Data(image_size=32, augment=CROPS)
+    image, data = photograph(17, 50, 40), Data(image_size=32, augment=CROPS)
     Image.fromarray((np.arange(2000).reshape(40, 50) * 32).astype(np.uint16)).save(tmp_path / "deep.png")
     image.save(tmp_path / "moves.gif", save_all=True, append_images=[picture(0, 50, 40)])
     image.save(tmp_path / "moves.webp", save_all=True, append_images=[picture(0, 50, 40)])
@@ -488,7 +385,7 @@ def test_every_kind_of_file_can_be_trained_on(tmp_path: Path) -> None:
 
 def test_the_generator_decides_everything_and_the_source_nothing(tmp_path: Path) -> None:
     path, data = tmp_path / "a.jpg", Data(image_size=64)
-    content = _bytes(_photograph(18, 120, 90), quality=90)
+    content = jpeg_of(photograph(18, 120, 90), quality=90)
     path.write_bytes(content)
     (tmp_path / "a.tar").write_bytes(b"before" + content + b"after")
     member = TarMember(str(tmp_path / "a.tar"), "a.jpg", 6, len(content))

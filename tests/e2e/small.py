@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from vlscale.data.scenes import render_scenes
@@ -47,6 +49,19 @@ def settings(overrides: dict[str, str]) -> list[str]:
 def render_small(out: Path) -> Path:
     """Scenes for a run of a few steps."""
     return render_scenes(out, train=24, test=8, seed=0, workers=1)
+
+
+def logged_steps(run: Path) -> int:
+    """Steps in a run's metrics so far."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def kill(processes: Iterable[subprocess.Popen[str]]) -> None:
+    """End what a test may have left running."""
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def assert_one_line(error: str, hint: str) -> None:

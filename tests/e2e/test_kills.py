@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.cli.test_launch import eventually
-from tests.e2e.small import SMALL, render_small, settings
+from tests.e2e.small import SMALL, kill, logged_steps, render_small, settings
 from tests.engine.conftest import rows
 from vlscale.distributed import free_port
 
@@ -46,14 +46,7 @@ def start(scenes: Path, tmp_path: Path) -> Iterator[Start]:
         return process
 
     yield begin
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    kill(started)
 
 
 def rank_1(launcher: int) -> int:
@@ -66,7 +59,7 @@ def test_a_killed_rank_ends_the_run_and_the_run_goes_on(start: Start, tmp_path: 
     assert straight.wait(600) == 0, (tmp_path / "straight").read_text()
     run = ("--nproc", "2", "--out", str(tmp_path / "run"))
     launcher = start("killed", *run)
-    assert eventually(lambda: steps(tmp_path / "run") > 7, 300), (tmp_path / "killed").read_text()
+    assert eventually(lambda: logged_steps(tmp_path / "run") > 7, 300), (tmp_path / "killed").read_text()
     os.kill(rank_1(launcher.pid), signal.SIGKILL)
     assert launcher.wait(30) == 128 + signal.SIGKILL
     told = "vlscale: rank 1 of 2 was ended by SIGKILL (did memory run out?); ending the others\n"
@@ -76,8 +69,8 @@ def test_a_killed_rank_ends_the_run_and_the_run_goes_on(start: Start, tmp_path: 
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     again = ("--out", str(tmp_path / "run"), "--resume", "auto")
     first, second = (start(f"rank-{rank}", *again, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1))
-    before = steps(tmp_path / "run")
-    assert eventually(lambda: steps(tmp_path / "run") > before + 3, 300), (tmp_path / "rank-0").read_text()
+    before = logged_steps(tmp_path / "run")
+    assert eventually(lambda: logged_steps(tmp_path / "run") > before + 3, 300), (tmp_path / "rank-0").read_text()
     second.kill()
     assert first.wait(60) == 1
     (line,) = (tmp_path / "rank-0").read_text().splitlines()

@@ -1,15 +1,13 @@
 """What happens to a run from outside, and what it does then.
 
-Damaged checkpoints and kills in a single rank's save: test_checkpoint.py. Signals: test_signals.py. Broken data:
-tests/data/test_stream*.py.
+Steps that are not finite: test_skipped_steps.py; files that go: test_vanished_files.py. Damaged checkpoints and kills
+in a single rank's save: test_checkpoint.py. Signals: test_signals.py. Broken data: tests/data/test_stream*.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,19 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.data.test_stream_shards import make, shard, stream, take
 from tests.engine.conftest import rows
 from tests.engine.ranks import ROOT
 from tests.engine.test_checkpoint import same_tensors
-from tests.engine.test_real_systems import small_recipe
-from tests.engine.toy import toy_recipe, write_data
+from tests.engine.toy import write_data
 from vlscale import distributed
-from vlscale.config import Data, Recipe, write_recipe
-from vlscale.data.open import read_data
-from vlscale.data.shards import open_shards
-from vlscale.engine import build, checkpoint, faults, loop, watchdog
+from vlscale.config import Recipe
+from vlscale.engine import checkpoint, faults, loop, watchdog
 from vlscale.engine.watchdog import Watchdog
-from vlscale.errors import RunBroken, UserError
+from vlscale.errors import UserError
 from vlscale.interop import layout
 
 Pretrain = Callable[..., loop.RunResult]
@@ -237,181 +231,6 @@ def test_the_size_of_a_checkpoint_is_known_before(pretrain: Pretrain, recipe: Re
     written = sum(path.stat().st_size for path in files if path.suffix in (".pt", ".safetensors"))
     # What grows with the system; the toy is so small that headers and pickles count.
     assert 0.3 * written < known[0] < written
-
-
-# --- steps that are not finite
-
-
-CARRIED = {
-    "albef": ("carried/image_queue.", "carried/text_queue.", "carried/teacher."),
-    "codis": ("carried/image_queue.", "carried/teacher.", "carried/codebook.", "module/codebook."),
-    "cb_vila": ("carried/codebook.", "module/codebook.codes"),
-    "soho": ("carried/dictionary.", "module/neck.dictionary.codes", "module/backbone.net.layer2.0.bn1.running_mean"),
-}
-"""What must have moved in the steps that were applied."""
-FP16 = ("cb_vila", "codis", "albef")
-"""The CPU has no BatchNorm of fp16."""
-
-
-class Systems:
-    """Real systems at two ranks: what each step changed."""
-
-    NAN, STEPS = 8, 12
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, lives = folder, []
-        for name in CARRIED:
-            recipe = small_recipe(folder / name, name)
-            train = recipe.train.model_copy(update={"max_bad_steps": 30})
-            write_recipe(recipe.model_copy(update={"train": train}), folder / name / "recipe.yaml")
-            life = {"recipe": str(folder / name / "recipe.yaml"), "watch": True}
-            nan = {"kind": "nan", "step": self.NAN, "rank": 1}
-            lives += [{**life, "out": str(folder / name / "nan"), "fault": nan}]
-            if name in FP16:
-                lives += [{**life, "out": str(folder / name / "fp16"), "fp16": True}]
-        self.ended = dict(zip([Path(life["out"]) for life in lives], live(folder, lives), strict=True))
-
-    def steps(self, name: str, run: str) -> list[dict[str, Any]]:
-        """The same on both ranks."""
-        logs = [(self.folder / name / f"{run}.watched-{rank}").read_text() for rank in (0, 1)]
-        assert logs[0] == logs[1]
-        return [json.loads(line) for line in logs[0].splitlines()]
-
-
-@pytest.fixture(scope="module")
-def systems(tmp_path_factory: pytest.TempPathFactory) -> Systems:
-    return Systems(tmp_path_factory.mktemp("systems"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "run"), [*((name, "nan") for name in CARRIED), *((name, "fp16") for name in FP16)])
-def test_a_skipped_step_moves_nothing(systems: Systems, name: str, run: str) -> None:
-    """NaN on one rank alone; overflows of native fp16: no weight, moment, teacher, queue or code, on no rank."""
-    ended = systems.ended[systems.folder / name / run]
-    assert [code for code, _ in ended] == [0, 0], ended
-    steps = systems.steps(name, run)
-    skipped = [step["step"] for step in steps if not step["applied"]]
-    assert len(steps) == Systems.STEPS
-    assert skipped == [Systems.NAN] if run == "nan" else 0 < len(skipped) < Systems.STEPS
-    assert rows(systems.folder / name / run)[-1]["skipped_steps"] == len(skipped)
-    for step in steps:
-        if step["applied"]:
-            assert any(changed.startswith("master/") for changed in step["changed"])
-        else:
-            assert step["changed"] == [], step
-    moved = {changed for step in steps for changed in step["changed"]}
-    for prefix in CARRIED[name]:
-        assert any(changed.startswith(prefix) for changed in moved), (prefix, sorted(moved))
-
-
-def pretend_fp16(monkeypatch: pytest.MonkeyPatch, folder: Path, **settings: Any) -> str:
-    from deepspeed.accelerator import get_accelerator
-
-    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
-    monkeypatch.setattr(build.Machine, "here", staticmethod(lambda: build.Machine(cuda=True, bf16=False)))
-    config = folder / "fp16.json"
-    config.write_text(json.dumps({"fp16": {"enabled": True, "hysteresis": 1, **settings}}))
-    return str(config)
-
-
-def test_a_loss_scale_at_its_floor_is_an_alarm_and_no_end(
-    pretrain: Pretrain, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """DeepSpeed itself would raise at the first overflow there."""
-    config = pretend_fp16(monkeypatch, tmp_path, initial_scale_power=2, min_loss_scale=2)
-    recipe = toy_recipe(data, train__max_bad_steps=4, train__max_steps=12)
-    bad = dict.fromkeys((3, 4, 5), float("nan"))
-    result = pretrain(recipe, tmp_path / "run", {"poison": bad}, ds_config=config)
-    assert result.finished
-    assert result.metrics["skipped_steps"] == 3
-    assert [row["loss_scale"] for row in rows(tmp_path / "run")][2:6] == [4.0, 2.0, 2.0, 2.0]
-    alarm = "in a row; the loss scale is at its floor 2: lower train.lr, or use bfloat16"
-    assert capsys.readouterr().out.count(alarm) == 3
-    with pytest.raises(UserError, match="4 steps in a row were not finite"):
-        pretrain(recipe, tmp_path / "worse", {"poison": dict.fromkeys(range(3, 9), float("nan"))}, ds_config=config)
-
-
-# --- files
-
-
-def test_an_image_that_vanishes_gives_way_to_the_next_one(
-    pretrain: Pretrain, recipe: Recipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train = loop.train_step
-
-    def lose(run: loop.Run, batches: Any) -> Any:
-        if run.state.step == 6:
-            (data.parent / "007.png").unlink()
-        return train(run, batches)
-
-    monkeypatch.setattr(loop, "train_step", lose)
-    assert pretrain(recipe, tmp_path / "run").finished
-    counts = [row["skipped_images"] for row in rows(tmp_path / "run")]
-    named = (tmp_path / "run" / layout.SKIPPED_IMAGES).read_text().splitlines()
-    assert counts[5] == 0
-    assert counts[-1] == len(named) >= 3
-    assert all("007.png: no such file" in line for line in named)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_shards_that_vanish(tmp_path: Path, workers: int) -> None:
-    """What a process has opened it goes on reading, and that takes the place of the rest."""
-    shards = shard(make(tmp_path / "jsonl"), tmp_path / "shards")
-    source = stream(open_shards(shards), window=1, workers=workers)
-    batches = iter(source)
-    next(batches)
-    for tar in shards.glob("*.tar"):
-        tar.unlink()
-    found = [next(batches) for _ in range(25)]
-    source.close()
-    assert all(len(batch) == 8 for batch in found)
-    skipped = [line for batch in found for line in batch.skipped]
-    assert skipped
-    assert all(line.startswith(f"{shards}/") and "No such file" in line for line in skipped)
-
-
-def test_all_shards_vanish_before_a_worker_reads_one(tmp_path: Path) -> None:
-    shards = shard(make(tmp_path / "jsonl"), tmp_path / "shards")
-    corpus = open_shards(shards)
-    for tar in shards.glob("*.tar"):
-        tar.unlink()
-    with pytest.raises(UserError, match=r"none of 150 samples in a row can be read, the last one is .*No such file"):
-        take(stream(corpus, workers=1), 1)
-
-
-def test_a_killed_worker_is_told_and_a_bug_in_one_is_not_taken_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    corpus = read_data(Data(path=str(make(tmp_path / "jsonl", 20))))
-    source = stream(corpus, workers=1)
-    batches = iter(source)
-    next(batches)
-    for worker in torch.multiprocessing.active_children():
-        os.kill(worker.pid or 0, signal.SIGKILL)
-    with pytest.raises(RunBroken, match=r"a process of the data loader was killed.*lower data\.workers"):
-        list(itertools.islice(batches, 50))
-    wrong = stream(corpus, workers=1)
-    monkeypatch.setattr(wrong._dataset, "_seed", "no seed")
-    with pytest.raises(Exception, match="Traceback") as caught:
-        take(wrong, 1)
-    assert not isinstance(caught.value, RunBroken)
-
-
-def test_which_checkpoint_is_newest_is_no_matter_of_clocks(
-    pretrain: Pretrain, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    pretrain(recipe, out, stop_after=15)
-    for step, days in ((5, 400), (10, -400), (15, -800)):  # of the future, and in the wrong order
-        folder = out / "checkpoints" / layout.checkpoint_name(step)
-        for path in [*folder.rglob("*"), folder]:
-            os.utime(path, (time.time() + days * 86400,) * 2)
-    (out / layout.METRICS_JSONL).touch()
-    os.utime(out / layout.METRICS_JSONL, (0, 0))
-    assert pretrain(recipe, out, resume="auto").finished
-    assert "step-00000015, after step 15" in capsys.readouterr().out
-    assert [row["step"] for row in rows(out)] == list(range(1, 21))
-    assert [path.name[-2:] for path in layout.complete_checkpoints(out)] == ["10", "15", "20"]
 
 
 # --- who is told what

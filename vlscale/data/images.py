@@ -243,13 +243,12 @@ def normalize_batch(batch: Batch, data: Data) -> Batch:
 
     Padding is what lies right of and below `image_sizes`. With `data.blind` nothing of any image is left.
     """
-    images = _normalized(batch.images, batch.image_sizes, data)
-    second = batch.second_images
+    second, right = batch.second_images, batch.right
     normalized = replace(
         batch,
-        images=images,
+        images=_normalized(batch.images, batch.image_sizes, data),
         second_images=None if second is None else _normalized(second, batch.image_sizes, data),
-        right=None if batch.right is None else normalize_batch(batch.right, data),
+        right=None if right is None else replace(right, images=_normalized(right.images, right.image_sizes, data)),
     )
     return hide_images(normalized) if data.blind else normalized
 
