@@ -116,6 +116,7 @@ def grounding(
 ) -> None:
     """Which region of its image each phrase of a caption means, against annotated boxes, by a system of regions or by
     Grad-CAM; with a page of pictures."""
+    launch.require_alone("eval grounding")
     launch.set_threads(threads, 1)
     from vlscale.inspect.grounding import draw_grounding
     from vlscale.tasks.grounding import grounding_table, run_grounding
@@ -149,6 +150,7 @@ def objectives(
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
 ) -> None:
     """What each objective learned: ITM accuracy, MIM against code frequencies, and what images and captions add."""
+    launch.require_alone("eval objectives")
     launch.set_threads(threads, 1)
     from vlscale.tasks.objectives import run_objectives
 

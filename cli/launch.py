@@ -63,6 +63,16 @@ def has_company() -> bool:
     return joined() and world_size(None) > 1
 
 
+def require_alone(command: str) -> None:
+    """For a command that does not share its work: ranks would write over one another.
+
+    Raises:
+        UserError: there are several.
+    """
+    if has_company():
+        raise UserError(f"{command}: runs on one rank, the launcher started {world_size(None)}: start it once")
+
+
 def local_world_size(world: int) -> int:
     """Ranks that share this machine."""
     for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vlscale.cli import launch
+from vlscale.cli.main import main
 from vlscale.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
@@ -156,3 +157,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_what_runs_on_one_rank_refuses_company(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for task in ("grounding", "objectives"):
+        monkeypatch.setattr("sys.argv", ["vlscale", "eval", task, "--from", "runs/none"])
+        assert main() == 2
+        assert f"eval {task}: runs on one rank, the launcher started 2: start it once" in capsys.readouterr().err
