@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from vlscale.cli import launch
-from vlscale.cli.main import main
 from vlscale.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
@@ -159,12 +158,10 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_what_runs_on_one_rank_refuses_company(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for task in ("grounding", "objectives"):
-        monkeypatch.setattr("sys.argv", ["vlscale", "eval", task, "--from", "runs/none"])
-        assert main() == 2
-        assert f"eval {task}: runs on one rank, the launcher started 2: start it once" in capsys.readouterr().err
+@pytest.mark.parametrize("task", ["grounding", "objectives"])
+def test_what_runs_on_one_rank_refuses_company(task: str) -> None:
+    command = [sys.executable, "-m", "vlscale.cli", "eval", task, "--from", "runs/none"]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == f"vlscale: error: eval {task}: runs on one rank, the launcher started 2: start it once\n"
